@@ -1,0 +1,559 @@
+"""The network: EDM2's magnitude-preserving UNet, over the frames of a clip.
+
+A training pass holds every clip 1 + R times: copy s = 0 is clean, copies s = 1..R are noised. Activations are
+`(b s t) c h w`: batch, copy, frame folded into one axis. Every query frame (s, t), clean or noised, sees itself
+and the clean frames before it; this one rule is all there is to the time axis, in the convolutions as in the
+attention. So a noised frame is denoised given its clean past, and all frames of the clip are trained in one pass.
+
+    EDM   Karras et al. 2022, arXiv 2206.00364      EDM2  Karras et al. 2023, arXiv 2312.02696
+"""
+import functools
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+
+# ---------------------------------------------------------------------------------------------------
+# Magnitude-preserving operations: unit variance in, unit variance out (EDM2, section 2 and appendix B).
+
+def unit_rms(x, dims):
+    """x scaled to root mean square 1 over `dims`, measured in float32."""
+    mean_square = x.float().square().mean(dims, keepdim=True)
+    return x * (mean_square + 1e-8).rsqrt().to(x.dtype)
+
+
+SILU_GAIN = 1 / 0.596                                       # mp_silu(x) = SILU_GAIN silu(x) (EDM2 Eq. 81)
+
+
+def mp_silu(x):
+    return F.silu(x) * SILU_GAIN
+
+
+def mp_sum(a, b, t):
+    """Blend of a and b, b with weight t (EDM2 Eq. 88)."""
+    return torch.lerp(a, b, t) * (1 / math.hypot(1 - t, t))
+
+
+def mp_cat(a, b, t=0.5):
+    """Channels of a, then of b, scaled so that b contributes with weight t whatever its size (EDM2 Eq. 103)."""
+    n_a, n_b = a.shape[1], b.shape[1]
+    scale = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t ** 2))
+    return torch.cat([a * (scale * (1 - t) / math.sqrt(n_a)), b * (scale * t / math.sqrt(n_b))], dim=1)
+
+
+class MPFourier(nn.Module):
+    """Random Fourier features of `inputs` numbers (EDM2 Eq. 75): (..., inputs) -> (..., features)."""
+
+    def __init__(self, features, inputs=1):
+        super().__init__()
+        self.register_buffer("frequencies", 2 * math.pi * torch.randn(inputs, features))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(features))
+
+    def forward(self, x):
+        return math.sqrt(2) * torch.cos(x.float() @ self.frequencies + self.phases)
+
+
+class MPWeight(nn.Module):
+    """A weight whose rows (one per output) stay on the sphere of RMS 1, and act scaled by 1 / sqrt(fan in).
+
+    EDM2 normalises weights in every forward pass, so that the gradient has no part along the weight, and in
+    place before every step, so that the weight's growth does not slow learning down (Eq. 47 and 66). For a
+    weight that is already on the sphere the first only removes that part from the gradient. Both are done here
+    once per optimizer step: `Denoiser.project_gradients` before it, `Denoiser.normalize_weights` after it.
+    """
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+        self.fan_in = math.prod(shape[1:])
+        self.normalize_weight()
+
+    def scaled(self, dtype):
+        return (self.weight * (1 / math.sqrt(self.fan_in))).to(dtype)
+
+    @torch.no_grad()
+    def normalize_weight(self):
+        self.weight.copy_(unit_rms(self.weight, tuple(range(1, self.weight.ndim))))
+
+    @torch.no_grad()
+    def project_gradient(self):
+        dims = tuple(range(1, self.weight.ndim))
+        along = (self.weight * self.weight.grad).mean(dims, keepdim=True)                # |w|^2 = fan in
+        self.weight.grad.sub_(self.weight * along)
+
+
+class MPLinear(MPWeight):
+    """(..., c_in) -> (..., c_out), no bias."""
+
+    def forward(self, x):
+        return F.linear(x, self.scaled(x.dtype))
+
+
+def border_gain(h, w):
+    """What a 3 x 3 convolution with zero padding loses in RMS over an h x w map, to be given back: a third of the
+    taps is missing along each edge, which on a 4 x 4 map would cost 17 percent per layer."""
+    return math.sqrt(9 * h * w / ((3 * h - 2) * (3 * w - 2)))
+
+
+class MPConv(MPWeight):
+    """Convolution of every frame by itself, `same` padding, no bias; weight c_out c_in k k, k = 1 or 3."""
+
+    def forward(self, x):
+        k = self.weight.shape[-1]
+        weight = self.scaled(x.dtype) * (border_gain(*x.shape[2:]) if k == 3 else 1)
+        return F.conv2d(x, weight, padding=k // 2)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The time axis: how the frames of a pass are laid out, and what step-by-step inference remembers.
+
+def sees(s_q, t_q, s_k, t_k, window):
+    """Whether query frame (s_q, t_q) sees key frame (s_k, t_k): itself, and clean frames (s = 0) before it.
+
+    `window` counts frames, the present one included. Works on ints and, elementwise, on tensors.
+    """
+    itself = (s_q == s_k) & (t_q == t_k)
+    return itself | ((s_k == 0) & (t_k < t_q) & (t_q - t_k < window))
+
+
+class Cache:
+    """The past of a rollout: each attention's keys and values of the last `window` frames, as a ring, and what
+    the past contributes to each causal convolution's next frames. Layers allocate their part at first use."""
+
+    def __init__(self):
+        self.position = 0                                   # frames read so far = index of the present frame
+        self.tensors = {}                                   # layer -> tensor, rewritten in place ever after
+
+    def of(self, layer, shape, like):
+        if layer not in self.tensors:
+            self.tensors[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return self.tensors[layer]
+
+
+@dataclass
+class Sequence:
+    """The layout `(b s t)` of a pass. Without a cache: s = copies, copy 0 clean, t from the first frame on.
+    With one: one copy, t from the cache's position on; `commit` says that the frames are clean, to be kept."""
+    copies: int
+    frames: int
+    cache: Cache = None
+    commit: bool = False
+
+    @property
+    def start(self):
+        return self.cache.position if self.cache else 0
+
+    def unfold(self, x):
+        return rearrange(x, "(b s t) ... -> b s t ...", s=self.copies, t=self.frames)
+
+
+class CausalConv(MPWeight):
+    """Convolution over the present and the k - 1 clean frames before it; weight c_out k c_in 3 3.
+
+        y[s,t] = g_t (W_0 * x[s,t] + sum_j W_j * x[0,t-j])        g_t = sqrt(k / taps that lie in the clip)
+
+    The sum is the same for every copy, so it is computed once, from the clean frames. A frame's contributions
+    to all later frames come out of one convolution, so the cache holds finished sums and no old inputs, and
+    denoising a frame costs as much as an image.
+    """
+
+    def __init__(self, c_in, c_out, kernel):
+        super().__init__(c_out, kernel, c_in, 3, 3)
+        self.kernel = kernel
+
+    def forward(self, x, scale, seq):
+        """x: (b s t) c_in h w; scale: (b s t) c_out, multiplied into the output -> (b s t) c_out h w."""
+        weight = self.scaled(x.dtype) * border_gain(*x.shape[2:])
+        y = F.conv2d(x, weight[:, 0], padding=1)
+        if self.kernel == 1:
+            return y * scale[:, :, None, None]
+        y = seq.unfold(y) + self.past(x, weight[:, 1:], seq)[:, None]
+        scale = seq.unfold(scale) * self.gain(seq, scale)
+        return (y * scale[..., None, None]).flatten(0, 2)
+
+    def past(self, x, weight, seq):
+        """What the clean frames before each frame add to it: b t c_out h w."""
+        carry_shape = (x.shape[0] // (seq.copies * seq.frames), self.kernel - 1, len(weight), *x.shape[2:])
+        if seq.cache is None:
+            clean = seq.unfold(x)[:, 0, :-1]                # the last clean frame has no later frame
+            return self.spread(clean, weight)[:, :seq.frames]
+        carry = seq.cache.of(self, carry_shape, x)
+        if not seq.commit:
+            return carry[:, :seq.frames]
+        total = self.spread(seq.unfold(x)[:, 0], weight)
+        total[:, :self.kernel - 1] += carry
+        carry.copy_(total[:, seq.frames:])
+        return total[:, :seq.frames]
+
+    def spread(self, clean, weight):
+        """Contributions of n clean frames to themselves (none) and the k - 1 frames after: b (n + k - 1) c h w."""
+        b, n, k = *clean.shape[:2], self.kernel
+        parts = F.conv2d(clean.flatten(0, 1), rearrange(weight, "o j i y x -> (j o) i y x"), padding=1)
+        parts = rearrange(parts, "(b t) (j o) h w -> j b t o h w", b=b, t=n, j=k - 1)
+        return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, k - 1 - j)) for j, part in enumerate(parts, start=1))
+
+    def gain(self, seq, like):
+        """g_t of the t frames of the pass: t 1. A missing past must not shrink the first frames."""
+        taps = torch.arange(seq.start + 1, seq.start + seq.frames + 1, device=like.device).clamp(max=self.kernel)
+        return (self.kernel / taps).sqrt().to(like.dtype)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Video attention: one softmax over everything `sees` lets a query see. q, k, v: b s t m p d
+# (m heads, p = h w positions of a frame, d head dimension).
+
+ROTARY_PERIOD = 1024                                        # frames
+
+
+@functools.lru_cache(maxsize=8)
+def rotary_table(pairs, device):
+    """cos and sin per position: 2 period pairs. All frequencies are whole turns per `ROTARY_PERIOD` frames, so
+    that positions count modulo the period, exactly, however long the rollout."""
+    fastest = ROTARY_PERIOD / (2 * math.pi)                 # one radian per frame
+    turns = fastest ** (1 - torch.arange(pairs) / pairs)
+    angle = torch.arange(ROTARY_PERIOD)[:, None] * turns.round() * (2 * math.pi / ROTARY_PERIOD)
+    return torch.stack([angle.cos(), angle.sin()]).to(device)
+
+
+def rotate(x, start):
+    """Rotary embedding over time: x: b s t m p d, its first frame at position `start`."""
+    positions = torch.arange(start, start + x.shape[2], device=x.device) % ROTARY_PERIOD
+    cos, sin = rotary_table(x.shape[-1] // 2, x.device)[:, positions, None, None].to(x.dtype)   # t 1 1 d/2
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def attend_frame_by_frame(q, k, v, window):
+    """The exact path: for each frame, exactly the keys that it sees. No masked pair is computed."""
+    clean_k, clean_v = k[:, 0].unbind(1), v[:, 0].unbind(1)                              # t times b m p d
+    frames = []
+    for t, (q_t, k_t, v_t) in enumerate(zip(q.unbind(2), k.unbind(2), v.unbind(2), strict=True)):
+        past = slice(max(0, t - window + 1), t)
+        keys, values = (torch.cat([x[:, None].expand_as(own) for x in clean[past]] + [own], dim=-2).flatten(0, 1)
+                        for clean, own in ((clean_k, k_t), (clean_v, v_t)))              # (b s) m (t' p) d
+        out = F.scaled_dot_product_attention(q_t.flatten(0, 1), keys, values)
+        frames.append(out.unflatten(0, q_t.shape[:2]))
+    return torch.stack(frames, dim=2)
+
+
+@functools.lru_cache(maxsize=64)
+def block_mask(copies, frames, positions, window, device):
+    """FlexAttention's mask of `sees` for sequences (s t p): blocks that nobody sees cost nothing."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def mask(b, m, q, k):
+        return sees(q // (frames * positions), q // positions % frames,
+                    k // (frames * positions), k // positions % frames, window)
+    length = copies * frames * positions
+    return create_block_mask(mask, None, None, length, length, device=device)
+
+
+@functools.cache
+def compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=False)     # uncompiled it would build the full score matrix
+
+
+def attend_flex(q, k, v, window, flex=None):
+    """The GPU path: block-sparse FlexAttention over the whole sequence."""
+    _, s, t, _, p, _ = q.shape
+    q, k, v = (rearrange(x, "b s t m p d -> b m (s t p) d").contiguous() for x in (q, k, v))
+    out = (flex or compiled_flex_attention())(q, k, v, block_mask=block_mask(s, t, p, window, q.device))
+    return rearrange(out, "b m (s t p) d -> b s t m p d", s=s, t=t)
+
+
+def attend_cached(q, k, v, ring, start):
+    """Frames start, start + 1, .. one after another against a ring (2 b m window p d) of the last frames' keys
+    and values. A frame's slot is the one that the frame leaving the window held, so denoising it and later
+    reading it as clean both just write that slot."""
+    window = ring.shape[3]
+    frames = []
+    for t in range(q.shape[2]):
+        ring[0, :, :, (start + t) % window] = k[:, 0, t]
+        ring[1, :, :, (start + t) % window] = v[:, 0, t]
+        keys, values = ring[:, :, :, :start + t + 1].flatten(3, 4)                       # all slots in use
+        frames.append(F.scaled_dot_product_attention(q[:, 0, t], keys, values))
+    return torch.stack(frames, dim=1)[:, None]
+
+
+class Attention(nn.Module):
+    """Cosine attention with residual sum: over a frame's own positions (window 1) or those of its past too."""
+
+    def __init__(self, channels, head_dim, window):
+        super().__init__()
+        self.head_dim, self.window = head_dim, window
+        self.qkv = MPConv(3 * channels, channels, 1, 1)
+        self.out = MPConv(channels, channels, 1, 1)
+
+    def forward(self, x, seq):
+        qkv = rearrange(self.qkv(x), "(b s t) (n m d) h w -> n b s t m (h w) d",
+                        n=3, d=self.head_dim, s=seq.copies, t=seq.frames)
+        q, k, v = unit_rms(qkv, -1)
+        y = rearrange(self.attend(q, k, v, seq), "b s t m (h w) d -> (b s t) (m d) h w", h=x.shape[2])
+        return mp_sum(x, self.out(y), 0.3)
+
+    def attend(self, q, k, v, seq):
+        if self.window == 1:
+            return F.scaled_dot_product_attention(q, k, v)
+        q, k = rotate(q, seq.start), rotate(k, seq.start)
+        if seq.cache is not None:
+            b, _, _, m, p, d = q.shape
+            ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)
+            return attend_cached(q, k, v, ring, seq.start)
+        return (attend_flex if q.is_cuda else attend_frame_by_frame)(q, k, v, self.window)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The UNet (EDM2 Figure 21, config G). Time is mixed in each block's first convolution and its attention.
+
+@dataclass
+class ModelConfig:
+    frame_shape: tuple = (1, 32, 32)            # channels, height, width of a frame
+    patch_size: int = 4                         # n x n pixels are folded into channels before the UNet
+    channels: int = 32                          # at the finest level
+    channel_mults: tuple = (1, 2)               # per level; each level halves the resolution
+    blocks_per_level: int = 1
+    video_attn_resolutions: tuple = (4,)        # feature map heights with attention over the past
+    frame_attn_resolutions: tuple = ()          # ... with attention within the frame
+    head_dim: int = 32                          # of attention; a power of two, 16 to 64 for FlexAttention
+    window: int = 8                             # frames that attention sees, the present one included
+    temporal_kernel: int = 2                    # frames that a convolution sees, the present one included
+    action_dim: int = 0                         # discrete: how many; continuous: vector length; 0: none
+    dropout: float = 0.0
+    sigma_data: float = 0.5                     # standard deviation of the frames the network is given
+
+    def resolutions(self):
+        """(height, width) of the feature maps at each level; ValueError if the frame does not divide into them."""
+        factor = self.patch_size * 2 ** (len(self.channel_mults) - 1)
+        _, height, width = self.frame_shape
+        if height % factor or width % factor:
+            raise ValueError(f"a frame of {height} x {width} pixels must be divisible by {factor} "
+                             f"(patch_size {self.patch_size}, {len(self.channel_mults)} levels)")
+        return [(height // self.patch_size >> i, width // self.patch_size >> i)
+                for i in range(len(self.channel_mults))]
+
+    def attention_window(self, height):
+        """How far attention at this resolution sees: `window` frames, 1 (the frame itself), or 0, no attention."""
+        return self.window if height in self.video_attn_resolutions else int(height in self.frame_attn_resolutions)
+
+    def check(self):
+        """ValueError that names what cannot work, before anything is built."""
+        heights = [h for h, _ in self.resolutions()]
+        unmatched = set(self.video_attn_resolutions) | set(self.frame_attn_resolutions)
+        unmatched -= set(heights)
+        if unmatched:
+            raise ValueError(f"no level has the attention resolution {min(unmatched)}: feature maps are "
+                             f"{', '.join(map(str, heights))} high")
+        for height, mult in zip(heights, self.channel_mults, strict=True):
+            if self.attention_window(height) and self.channels * mult % self.head_dim:
+                raise ValueError(f"head_dim {self.head_dim} does not divide the {self.channels * mult} channels "
+                                 f"at resolution {height}")
+        if not 1 <= self.window <= ROTARY_PERIOD // 2 or self.temporal_kernel < 1:
+            raise ValueError(f"window {self.window} must be 1 to {ROTARY_PERIOD // 2} frames and temporal_kernel "
+                             f"{self.temporal_kernel} at least 1")
+
+
+class Residual(nn.Module):
+    """The branch of a block: two convolutions, the first one causal, modulated by the noise embedding."""
+
+    def __init__(self, c_in, c_out, c_emb, cfg):
+        super().__init__()
+        self.conv0 = CausalConv(c_in, c_out, cfg.temporal_kernel)
+        self.emb = MPLinear(c_out, c_emb)
+        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.conv1 = MPConv(c_out, c_out, 3, 3)
+        self.dropout = cfg.dropout
+
+    def forward(self, x, emb, seq):
+        scale = (1 + self.emb(emb) * self.emb_gain).to(x.dtype)
+        y = mp_silu(self.conv0(mp_silu(x), scale, seq))
+        return self.conv1(F.dropout(y, self.dropout, self.training))
+
+
+class EncoderBlock(nn.Module):
+    def __init__(self, c_in, c_out, c_emb, cfg, window, down=False):
+        super().__init__()
+        self.down = down
+        self.skip = MPConv(c_out, c_in, 1, 1) if c_in != c_out else nn.Identity()
+        self.residual = Residual(c_out, c_out, c_emb, cfg)
+        self.attention = Attention(c_out, cfg.head_dim, window) if window else None
+
+    def forward(self, x, emb, seq):
+        x = F.avg_pool2d(x, 2) if self.down else x
+        x = unit_rms(self.skip(x), 1)                       # pixel norm
+        x = mp_sum(x, self.residual(x, emb, seq), 0.3)
+        return self.attention(x, seq) if self.attention else x
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, c_in, c_out, c_emb, cfg, window, up=False):
+        super().__init__()
+        self.up = up
+        self.skip = MPConv(c_out, c_in, 1, 1) if c_in != c_out else nn.Identity()
+        self.residual = Residual(c_in, c_out, c_emb, cfg)
+        self.attention = Attention(c_out, cfg.head_dim, window) if window else None
+
+    def forward(self, x, emb, seq):
+        x = F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x
+        x = mp_sum(self.skip(x), self.residual(x, emb, seq), 0.3)
+        return self.attention(x, seq) if self.attention else x
+
+
+class UNet(nn.Module):
+    def __init__(self, c_io, cfg):
+        super().__init__()
+        widths = [cfg.channels * mult for mult in cfg.channel_mults]
+        windows = [cfg.attention_window(height) for height, _ in cfg.resolutions()]
+        c_emb = max(widths)
+        self.stem = MPConv(widths[0], c_io + 1, 3, 3)       # + 1: a channel of ones stands in for biases
+        self.encoder, skips, c = nn.ModuleList(), [widths[0]], widths[0]
+        for level, (width, window) in enumerate(zip(widths, windows, strict=True)):
+            for i in range(cfg.blocks_per_level + (level > 0)):
+                down = level > 0 and i == 0
+                self.encoder.append(EncoderBlock(c, width, c_emb, cfg, 0 if down else window, down))
+                c = width
+                skips.append(c)
+        self.middle = nn.ModuleList([DecoderBlock(c, c, c_emb, cfg, windows[-1]), DecoderBlock(c, c, c_emb, cfg, 0)])
+        self.decoder = nn.ModuleList()
+        for level, (width, window) in reversed(list(enumerate(zip(widths, windows, strict=True)))):
+            for _ in range(cfg.blocks_per_level + 1):
+                self.decoder.append(DecoderBlock(c + skips.pop(), width, c_emb, cfg, window))
+                c = width
+            if level > 0:
+                self.decoder.append(DecoderBlock(c, c, c_emb, cfg, 0, up=True))
+        self.head = MPConv(c_io, c, 3, 3)
+        self.head_gain = nn.Parameter(torch.zeros([]))
+
+    def forward(self, x, emb, seq):
+        """x: (b s t) c h w, emb: (b s t) e -> (b s t) c h w of the noised copies (with a cache: of all frames)."""
+        x = self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
+        skips = [x]
+        for block in self.encoder:
+            x = block(x, emb, seq)
+            skips.append(x)
+        for block in self.middle:
+            x = block(x, emb, seq)
+        for block in self.decoder:
+            x = block(x if block.up else mp_cat(x, skips.pop()), emb, seq)
+        if seq.cache is None:
+            x = seq.unfold(x)[:, 1:].flatten(0, 2)          # nobody reads the clean copy from here on
+        return self.head(x) * self.head_gain
+
+
+# ---------------------------------------------------------------------------------------------------
+# The denoiser: EDM's preconditioning around the UNet, and the learned log-variance of its error.
+
+CLEAN_SIGMA = 0.002                                         # noise level that a clean frame is told to have
+
+
+class Denoiser(nn.Module):
+    """D(x; sigma), the estimate of a clean frame given its noised self and the clean frames before it.
+
+    Frames are given and returned with zero mean and standard deviation `sigma_data`; sigma is in the same unit.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        cfg.check()
+        self.cfg = cfg
+        self.dtype = torch.float32                          # that the UNet computes in; weights are float32
+        c_io = cfg.frame_shape[0] * cfg.patch_size ** 2
+        c_emb = cfg.channels * max(cfg.channel_mults)
+        self.noise_features = MPFourier(cfg.channels)
+        self.noise_emb = MPLinear(c_emb, cfg.channels)
+        self.action_emb = MPLinear(c_emb, cfg.action_dim) if cfg.action_dim else None
+        self.unet = UNet(c_io, cfg)
+        self.error_features = MPFourier(128, inputs=2)
+        self.error_log_variance = MPLinear(1, 128)
+
+    def forward(self, x, sigma, actions=None):
+        """The training pass. x: b s t c h w, copy 0 clean; sigma: b s t, noise level of every frame (0 if clean);
+        actions: b t (discrete) or b t a (continuous), a_t led to frame t.
+        -> D: b r t c h w of the r = s - 1 noised copies; u: b r t, log of the expected squared error (EDM2 Eq. 21)."""
+        self.check(x, sigma, actions, copies=2)
+        seq = Sequence(copies=x.shape[1], frames=x.shape[2])
+        return self.denoise(x, sigma, actions, seq), self.log_variance(sigma[:, 1:])
+
+    @torch.no_grad()
+    def step(self, x, sigma, cache, actions=None, commit=False):
+        """The incremental pass. x: b t c h w and sigma: b t, frames that follow those in the cache.
+        Noised frames come one at a time; with `commit` the t frames are clean, and the cache reads them in.
+        -> D: b t c h w."""
+        x, sigma = x[:, None], sigma[:, None]
+        self.check(x, sigma, actions, copies=1)
+        if x.shape[2] > 1 and not commit:
+            raise ValueError(f"{x.shape[2]} noised frames given: they are denoised one at a time")
+        seq = Sequence(copies=1, frames=x.shape[2], cache=cache, commit=commit)
+        out = self.denoise(x, sigma, actions, seq)[:, 0]
+        cache.position += x.shape[2] if commit else 0
+        return out
+
+    def denoise(self, x, sigma, actions, seq):
+        """EDM's preconditioning (EDM Table 1, EDM2 Eq. 13), copies without a reader left out of the result."""
+        n, sd = self.cfg.patch_size, self.cfg.sigma_data
+        emb = self.embed(sigma, actions).flatten(0, 2)
+        c_in = (sigma ** 2 + sd ** 2).rsqrt()[..., None, None, None]
+        folded = rearrange(x * c_in, "b s t c (h y) (w x) -> (b s t) (c y x) h w", y=n, x=n).to(self.dtype)
+        f = self.unet(folded, emb, seq).float()
+        if seq.cache is None:
+            x, sigma, c_in = x[:, 1:], sigma[:, 1:], c_in[:, 1:]
+        f = rearrange(f, "(b s t) (c y x) h w -> b s t c (h y) (w x)", y=n, x=n, s=x.shape[1], t=seq.frames)
+        c_out = sigma[..., None, None, None] * sd * c_in
+        return x * (sd * c_in) ** 2 + f * c_out
+
+    def embed(self, sigma, actions):
+        """What every block is told about a frame, its noise level and its action: b s t e."""
+        emb = self.noise_emb(self.noise_features(noise_label(sigma)[..., None]))
+        if self.action_emb is not None:
+            if not actions.is_floating_point():
+                actions = F.one_hot(actions, self.cfg.action_dim) * math.sqrt(self.cfg.action_dim)
+            emb = mp_sum(emb, self.action_emb(actions.float())[:, None].expand_as(emb), 0.5)
+        return mp_silu(emb)
+
+    def log_variance(self, sigma):
+        """u(sigma, t). The frame's position counts: the first frame has no past and is harder than the rest."""
+        position = torch.log1p(torch.arange(sigma.shape[-1], device=sigma.device)).expand_as(sigma)
+        features = self.error_features(torch.stack([noise_label(sigma), position], dim=-1))
+        return self.error_log_variance(features)[..., 0]
+
+    def check(self, x, sigma, actions, copies):
+        """ValueError that names the expected and the given shape."""
+        b, s, t = x.shape[:3]
+        expected = (b, max(s, copies), t, *self.cfg.frame_shape)
+        if x.shape != expected:
+            raise ValueError(f"frames: expected {'b s t' if copies > 1 else 'b 1 t'} + {tuple(self.cfg.frame_shape)}, "
+                             f"at least {copies} copies; given {tuple(x.shape)}")
+        if sigma.shape != (b, s, t):
+            raise ValueError(f"sigma: expected {(b, s, t)}, one per frame; given {tuple(sigma.shape)}")
+        if bool(self.cfg.action_dim) != (actions is not None):
+            raise ValueError(f"actions: the model has action_dim {self.cfg.action_dim}, "
+                             f"given {'none' if actions is None else tuple(actions.shape)}")
+        if actions is not None:
+            wanted = (b, t, self.cfg.action_dim) if actions.is_floating_point() else (b, t)
+            if actions.shape != wanted:
+                raise ValueError(f"actions: expected {wanted}, given {tuple(actions.shape)}")
+
+    def mp_weights(self):
+        return [module for module in self.modules() if isinstance(module, MPWeight)]
+
+    def normalize_weights(self):
+        """Back to the sphere, after every optimizer step and after loading averaged weights (EDM2 Eq. 66)."""
+        for module in self.mp_weights():
+            module.normalize_weight()
+
+    def project_gradients(self):
+        """Remove from every gradient what only changes a weight's length, before the optimizer step (EDM2 Eq. 47)."""
+        for module in self.mp_weights():
+            module.project_gradient()
+
+    def settings(self):
+        return asdict(self.cfg)
+
+
+def noise_label(sigma):
+    """c_noise = log(sigma) / 4 (EDM Table 1); a clean frame counts as sigma = `CLEAN_SIGMA`."""
+    return sigma.clamp(min=CLEAN_SIGMA).log() / 4

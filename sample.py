@@ -1,0 +1,307 @@
+"""Rolls a trained model out, frame by frame.
+
+    python sample.py --out rollout.gif                       # the newest checkpoint under out/
+    python sample.py --checkpoint=out/mnist/checkpoint.pt --frames=200 --samples=8 --out=long.gif
+"""
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+
+from config import UserError, run
+from data import load_batch, open_source, to_network, to_pixels
+from model import Cache, Denoiser, ModelConfig
+
+# -- what to make
+out = "rollout.gif"         # .gif, .png (contact sheet: a row per sample) or .npy (uint8 samples t h w c)
+checkpoint = ""             # file to sample from; empty: the newest checkpoint.pt under out/
+frames = 24                 # frames per sample, the given ones included
+samples = 4                 # samples side by side, each from its own clip
+context = 4                 # given frames at the start of each sample; 0 starts from nothing
+split = "val"               # data split that the given frames come from: val or train
+first_clip = 0              # index of the first sample's clip in that split
+data_dir = ""               # folder of the data; empty: the one used in training
+# -- how to sample
+steps = 12                  # Heun steps per frame; n steps cost 2 n - 1 evaluations, and 1 to read the frame in
+sigma_min = 0.02            # last noise level before 0
+sigma_max = 40.0            # first noise level
+rho = 7.0                   # spacing of the noise levels: larger puts more of them near sigma_min
+churn = 0.0                 # fresh noise per frame (S_churn); 0 is the deterministic sampler
+churn_min = 0.05            # noise levels below which no fresh noise is added (S_tmin)
+churn_max = 50.0            # ... and above which (S_tmax)
+context_noise = 0.0         # noise level at which the past is read; at most what the model was trained with
+ema = 0.05                  # width of the averaged weights; 0: the raw weights of the last step
+seed = 0                    # same seed, same file
+# -- output
+fps = 10                    # frames per second of the GIF
+scale = 4                   # pixels per pixel
+device = "auto"             # auto, cpu, cuda, cuda:1, ..
+
+
+# ---------------------------------------------------------------------------------------------------
+# Randomness: every generator is made from numbers, so that nothing depends on what ran before.
+
+def seeded(device, *key):
+    """A generator that is a function of the whole numbers in `key`."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> 1))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The sampler (EDM Algorithm 2): reverse diffusion of one frame, with any denoiser D(x, sigma).
+
+def noise_levels(steps, sigma_min, sigma_max, rho):
+    """sigma_0 > .. > sigma_{steps-1}, then 0 (EDM Eq. 5)."""
+    ramp = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho
+    return [*ramp.tolist(), 0.0]
+
+
+def heun(denoise, x, levels, generator=None, churn=0.0, churn_min=0.0, churn_max=math.inf):
+    """From noise x at levels[0] down to levels[-1], in Heun steps; the last, to 0, is an Euler step."""
+    for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
+        if churn and churn_min <= sigma <= churn_max:
+            raised = sigma * (1 + min(churn / (len(levels) - 1), math.sqrt(2) - 1))
+            fresh = torch.randn(x.shape, generator=generator, device=x.device)
+            x, sigma = x + fresh * math.sqrt(raised ** 2 - sigma ** 2), raised
+        slope = (x - denoise(x, sigma)) / sigma
+        euler = x + slope * (sigma_next - sigma)
+        if sigma_next > 0:
+            slope = (slope + (euler - denoise(euler, sigma_next)) / sigma_next) / 2
+        x = x + slope * (sigma_next - sigma)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------
+# The rollout: denoise a frame, read it in as the newest of the past, and so on.
+
+class Rollout:
+    """An endless iterator of frames b c h w in network units, after the given `clip` b t c h w (t may be 0).
+
+    actions: None, or b n (..) with one entry per frame, the given ones included; the iterator ends with them.
+    Frame t's noise is a function of (seed, t) alone.
+    """
+
+    def __init__(self, model, clip, levels, seed=0, actions=None, context_noise=0.0, **churn):
+        self.model, self.levels, self.seed, self.churn = model, levels, seed, churn
+        self.actions, self.context_noise = actions, context_noise
+        self.shape, self.device = (clip.shape[0], *clip.shape[2:]), clip.device
+        self.cache = Cache()
+        if clip.shape[1]:
+            self.read(clip)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        t = self.cache.position
+        if self.actions is not None and t >= self.actions.shape[1]:
+            raise StopIteration
+        generator = seeded(self.device, self.seed, t)
+        x = torch.randn(self.shape, generator=generator, device=self.device) * self.levels[0]
+        x = heun(self.denoise, x, self.levels, generator, **self.churn)
+        self.read(x[:, None])
+        return x
+
+    def denoise(self, x, sigma):
+        return self.pass_through(x[:, None], sigma)[:, 0]
+
+    def read(self, x):
+        """Writes finished frames b t c h w into the caches, at the level of noise that training gave its context."""
+        if self.context_noise:
+            generator = seeded(self.device, self.seed, self.cache.position, 1)
+            x = x + self.context_noise * torch.randn(x.shape, generator=generator, device=x.device)
+        self.pass_through(x, self.context_noise, commit=True)
+
+    def pass_through(self, x, sigma, commit=False):
+        start = self.cache.position
+        actions = None if self.actions is None else self.actions[:, start:start + x.shape[1]]
+        sigma = torch.full(x.shape[:2], sigma, device=x.device)
+        return self.model.step(x, sigma, self.cache, actions, commit)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Averaged weights of any width, after training (EDM2 section 3 and Algorithm 3).
+
+def ema_exponent(width):
+    """gamma of the power-function average whose standard deviation is `width` of the run (EDM2 Eq. 126)."""
+    roots = np.roots([1, 7, 16 - width ** -2, 12 - width ** -2])
+    return float(roots.real.max())
+
+
+def profile_overlap(t_a, gamma_a, t_b, gamma_b):
+    """Integral of p_a p_b, p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on 0..T the weight that a snapshot taken
+    at T gave to the weights of time t. In logarithms: t^gamma overflows."""
+    logs = np.log((gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)) \
+        + (gamma_a + gamma_b + 1) * np.log(np.minimum(t_a, t_b)) \
+        - (gamma_a + 1) * np.log(t_a) - (gamma_b + 1) * np.log(t_b)
+    return np.exp(logs)
+
+
+def reconstruction(steps, widths, step, width):
+    """How much of each snapshot (taken at steps[i] with widths[i]) gives the average of `width` at `step`:
+    least squares between profiles."""
+    t, gamma = np.asarray(steps, float), np.array([ema_exponent(w) for w in widths])
+    gram = profile_overlap(t[:, None], gamma[:, None], t[None], gamma[None])
+    target = profile_overlap(t, gamma, float(step), ema_exponent(width))
+    return np.linalg.lstsq(gram, target, rcond=None)[0]
+
+
+def reconstruct_ema(folder, step, width):
+    """Weights averaged with any `width`, from the snapshots that training left in `folder`."""
+    snapshots = [load_file(path) for path in sorted(Path(folder).glob("ema-*.pt"))]
+    parts = [(s["step"], w, tensors) for s in snapshots for w, tensors in s["ema"].items() if s["step"] <= step]
+    if len(parts) < 2:
+        raise UserError(f"--ema={width} is rebuilt from the snapshots ema-*.pt beside the checkpoint; "
+                        f"{folder} has {len(snapshots)}: use a width that the run tracked, or 0 for raw weights")
+    amounts = reconstruction([p[0] for p in parts], [p[1] for p in parts], step, width)
+    return {name: sum(float(a) * tensors[name].float() for a, (_, _, tensors) in zip(amounts, parts, strict=True))
+            for name in parts[0][2]}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints.
+
+def load_file(path):
+    """A file of tensors and plain values; whatever is wrong with it is one line that names it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except Exception as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): it is damaged, "
+                        "or not a checkpoint of this program") from error
+
+
+def newest_checkpoint(root="out"):
+    found = sorted(Path(root).glob("**/checkpoint.pt"), key=os.path.getmtime)
+    if not found:
+        raise UserError(f"no checkpoint under {root}/: train one first, python train.py config/mnist.py")
+    return found[-1]
+
+
+def load_model(path, width, device):
+    """(model in eval mode, checkpoint) with the weights averaged by `width`, or raw ones for 0."""
+    state = load_file(path)
+    missing = {"version", "step", "settings", "model_config", "stats", "model", "ema"} - set(state)
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this program: it has no {', '.join(sorted(missing))}")
+    model = Denoiser(ModelConfig(**state["model_config"]))
+    weights = state["model"]
+    if width:
+        weights = weights | (state["ema"].get(width) or reconstruct_ema(Path(path).parent, state["step"], width))
+    model.load_state_dict(weights)
+    model.normalize_weights()                               # an average of vectors on the sphere lies inside it
+    return model.eval().requires_grad_(False).to(device), state
+
+
+def pick_device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def compute_dtype(device):
+    """bfloat16 where the hardware has it; on CPUs float32 is faster."""
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------
+# Writers. Videos are uint8 arrays n t c h w; their first `given` frames get a bright border.
+
+GIVEN_COLOUR, MADE_COLOUR = (255, 160, 0), (48, 48, 48)
+
+
+def cells(videos, given, scale):
+    """Every frame as a picture with a border: n t h w 3."""
+    if videos.shape[2] not in (1, 3):
+        raise UserError(f"frames of {videos.shape[2]} channels are no pictures: use --out=NAME.npy")
+    n, t, _, h, w = videos.shape
+    edge = max(1, scale // 2)
+    framed = np.empty((n, t, h * scale + 2 * edge, w * scale + 2 * edge, 3), np.uint8)
+    framed[:, :given], framed[:, given:] = GIVEN_COLOUR, MADE_COLOUR
+    pixels = rearrange(videos, "n t c h w -> n t h w c").repeat(scale, axis=2).repeat(scale, axis=3)
+    framed[:, :, edge:-edge, edge:-edge] = pixels           # one channel fills all three
+    return framed
+
+
+def write_sheet(path, videos, given, scale):
+    """A contact sheet: a row per video, a column per frame."""
+    sheet = rearrange(cells(videos, given, scale), "n t h w c -> (n h) (t w) c")
+    Image.fromarray(sheet).save(path, format="png")
+
+
+def write_gif(path, videos, given, scale, fps):
+    """An endless GIF of the videos side by side, in rows of at most eight."""
+    n = len(videos)
+    columns = min(n, 8)
+    blank = np.zeros((-n % columns, *videos.shape[1:]), np.uint8)
+    tiled = rearrange(cells(np.concatenate([videos, blank]), given, scale), "(r n) t h w c -> t (r h) (n w) c", n=columns)
+    pictures = [Image.fromarray(picture) for picture in tiled]
+    pictures[0].save(path, format="gif", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+
+
+def write(path, videos, given=0, scale=4, fps=10):
+    """To `path`, as its extension says, by way of a temporary file, so that no half-written file is left."""
+    path = Path(path)
+    writers = {".gif": lambda file: write_gif(file, videos, given, scale, fps),
+               ".png": lambda file: write_sheet(file, videos, given, scale),
+               ".npy": lambda file: np.save(file, rearrange(videos, "n t c h w -> n t h w c"))}
+    if path.suffix not in writers:
+        raise UserError(f"--out={path}: the extension must be one of {', '.join(writers)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "wb") as file:
+        writers[path.suffix](file)
+    os.replace(temporary, path)
+
+
+def make_videos(model, clips, given, frames, stats, rollout_settings, actions=None):
+    """uint8 clips b t c h w -> uint8 array b `frames` c h w: the first `given` frames, then the model's own."""
+    clip = to_network(clips[:, :given], stats, model.cfg.sigma_data)
+    rollout = Rollout(model, clip, actions=actions, **rollout_settings)
+    made = [next(rollout)[:, None] for _ in range(frames - given)]
+    return to_pixels(torch.cat([clip, *made], dim=1), stats, model.cfg.sigma_data).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The script.
+
+def rollout_settings(cfg):
+    """What `Rollout` takes beyond the model and the clip."""
+    return {"levels": noise_levels(cfg.steps, cfg.sigma_min, cfg.sigma_max, cfg.rho), "seed": cfg.seed,
+            "context_noise": cfg.context_noise, "churn": cfg.churn, "churn_min": cfg.churn_min,
+            "churn_max": cfg.churn_max}
+
+
+def main(cfg):
+    for name, least in (("frames", 1), ("samples", 1), ("context", 0), ("steps", 1), ("fps", 1), ("scale", 1)):
+        if getattr(cfg, name) < least:
+            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
+    if cfg.context > cfg.frames:
+        raise UserError(f"--context={cfg.context} is more than --frames={cfg.frames}, which counts the given frames too")
+    path = cfg.checkpoint or newest_checkpoint()
+    device = pick_device(cfg.device)
+    model, state = load_model(path, cfg.ema, device)
+    model.dtype = compute_dtype(device)
+    settings = SimpleNamespace(**state["settings"] | {"frames": cfg.frames})
+    settings.data_dir = cfg.data_dir or settings.data_dir
+    source = open_source(settings, cfg.split)
+    print(f"{path}, step {state['step']}, " + (f"weights averaged over {cfg.ema:g} of the run" if cfg.ema else "raw weights"))
+    print(f"given frames: {source.origin}")
+    clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
+    videos = make_videos(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),
+                         None if actions is None else actions.to(device))
+    write(cfg.out, videos, cfg.context, cfg.scale, cfg.fps)
+    print(f"{cfg.out}: {cfg.samples} samples of {cfg.frames} frames, the first {cfg.context} given")
+
+
+if __name__ == "__main__":
+    run(main, globals())

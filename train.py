@@ -1,0 +1,439 @@
+"""Trains the denoiser on every frame of every clip in one pass.
+
+    python train.py config/mnist.py                              # digits: minutes on a CPU
+    torchrun --nproc_per_node=8 train.py config/video.py         # your own clips on eight GPUs
+
+Interrupt it when you like: it saves, and the same command goes on from there.
+"""
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from config import UserError, run
+from data import Batches, load_batch, measure, open_source, to_network
+from model import Denoiser, ModelConfig
+from sample import compute_dtype, ema_exponent, load_file, make_videos, noise_levels, pick_device, seeded, write
+
+# -- output
+out_dir = "out/mnist"           # checkpoints, log.jsonl and pictures go here
+init_from = "auto"              # auto: resume if out_dir holds a checkpoint; scratch: start anew
+log_interval = 20               # optimizer steps between lines in log.jsonl
+eval_interval = 500             # optimizer steps between evaluations, each with a picture; 0: never
+checkpoint_interval = 500       # optimizer steps between checkpoints
+# -- data
+dataset = "digits"              # digits (made on the fly) or video (a prepared folder)
+data_dir = "data/mnist"         # folder of the MNIST files, or of the prepared clips
+frames = 12                     # frames per clip; more than `window`, so that training sees full windows
+frame_size = 32                 # pixels, height and width
+digits = 1                      # digits per clip
+digit_size = 20                 # pixels
+speed = (1.0, 3.0)              # slowest and fastest, pixels per frame
+whole_pixels = True             # whole-pixel velocities: each frame is an exact shift of the last
+bounce = "reflect"              # at the walls: reflect, or random (a new direction)
+# -- model
+patch_size = 4                  # n x n pixels are folded into channels before the UNet
+channels = 32                   # at the finest level
+channel_mults = (1, 2)          # per level; each level halves the resolution
+blocks_per_level = 1            # residual blocks per level
+video_attn_resolutions = (4,)   # feature map heights with attention over the past
+frame_attn_resolutions = ()     # ... with attention within each frame
+head_dim = 32                   # attention head dimension; a power of two, 16 to 64
+window = 8                      # frames that attention sees, the present one included
+temporal_kernel = 2             # frames that a convolution sees, the present one included
+dropout = 0.0                   # in the residual branches
+sigma_data = 0.5                # standard deviation that frames are scaled to
+# -- loss
+noised_copies = 1               # noised copies of each clip that share one clean copy
+P_mean = -0.4                   # mean of log sigma in training
+P_std = 1.4                     # its standard deviation
+context_noise = 0.0             # largest noise level of the clean copy, drawn per clip; steadies long rollouts
+# -- optimisation
+batch_size = 4                  # clips per optimizer step, over all processes
+accumulate = 1                  # micro-batches that each optimizer step is computed in
+max_steps = 3000                # optimizer steps
+lr = 0.02                       # peak learning rate of Adam
+warmup_steps = 100              # steps of linear warm-up
+decay = "linear"                # after warm-up: linear (to 0 at max_steps), or sqrt: lr / sqrt(step / ref_steps)
+ref_steps = 1000                # step at which the sqrt decay sets in
+grad_clip = 1.0                 # largest gradient norm; larger ones are scaled down
+ema_widths = (0.05, 0.1)        # power-function averages of the weights, as fractions of the run
+# -- evaluation
+eval_clips = 32                 # held-out clips per evaluation
+eval_sigmas = (0.1, 0.3, 1.0, 3.0, 10.0)    # noise levels of the error table
+eval_context = 4                # frames of context from which the table's second column counts, and pictures start
+picture_frames = 16             # frames in the pictures, the given ones included
+picture_steps = 8               # Heun steps per frame in the pictures
+# -- system
+seed = 0                        # of weights, data and noise
+device = "auto"                 # auto, cpu, cuda, ..
+compile = False                 # torch.compile the network: slow to start, faster steps
+
+FREE_TO_CHANGE = {"init_from", "log_interval", "eval_interval", "checkpoint_interval", "device", "compile", "out_dir",
+                  "data_dir", "accumulate", "eval_clips", "eval_context", "picture_frames", "picture_steps"}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Processes: one, or those that torchrun started.
+
+def start_processes(cfg):
+    """(device, rank, world size); joins the process group if torchrun set one up."""
+    if "RANK" not in os.environ:
+        return pick_device(cfg.device), 0, 1
+    local_rank = int(os.environ["LOCAL_RANK"])
+    on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
+    device = pick_device(f"cuda:{local_rank}" if on_gpu else "cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_ranks(x):
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------
+# The loss (EDM2 Eq. 14 to 21), on the noised copies of every frame.
+
+def draw_noise(samples, copies, shape, cfg, device):
+    """Noise for the clips with the global numbers `samples`, each a function of (seed, number) alone:
+    log sigma's standard normal b r t, the noise b r t c h w, and context noise: its level b and itself b t c h w."""
+    drawn = []
+    for number in samples:
+        g = seeded(device, cfg.seed, number)
+        draw = [torch.randn(copies, shape[0], generator=g, device=device),
+                torch.randn(copies, *shape, generator=g, device=device)]
+        if cfg.context_noise:
+            draw += [torch.rand([], generator=g, device=device), torch.randn(shape, generator=g, device=device)]
+        drawn.append(draw)
+    return [torch.stack(parts) for parts in zip(*drawn, strict=True)]
+
+
+def clean_and_noised(clips, sigma, noise, context_sigma=None, context_noise=None):
+    """The sequence of a training pass: x b (1 + r) t c h w and the noise level of each of its frames b (1 + r) t.
+
+    clips: b t c h w; sigma: b r t; noise: b r t c h w; context noise: its level b and itself, or None."""
+    noised = clips[:, None] + sigma[..., None, None, None] * noise
+    clean, clean_sigma = clips, torch.zeros_like(sigma[:, 0])
+    if context_sigma is not None:
+        clean_sigma = clean_sigma + context_sigma[:, None]
+        clean = clips + clean_sigma[..., None, None, None] * context_noise
+    return torch.cat([clean[:, None], noised], dim=1), torch.cat([clean_sigma[:, None], sigma], dim=1)
+
+
+def loss_of(model, clips, actions, noise, cfg):
+    """Mean over clips, copies and frames of lambda(sigma) / exp(u) * squared error + u."""
+    z, eps, *context = noise
+    sigma = (cfg.P_mean + cfg.P_std * z).exp()
+    if context:
+        context[0] = context[0] * cfg.context_noise
+    x, sigmas = clean_and_noised(clips, sigma, eps, *context)
+    denoised, u = model(x, sigmas, actions)
+    weight = (sigma ** 2 + cfg.sigma_data ** 2) / (sigma * cfg.sigma_data) ** 2
+    error = (denoised - clips[:, None]).square().mean(dim=(-3, -2, -1))
+    return (weight / u.exp() * error + u).mean()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The optimizer's surroundings: learning rate, averaged weights.
+
+def learning_rate(step, cfg):
+    """Linear warm-up, then to 0 at max_steps, or with the inverse square root of the step (EDM2 Eq. 67)."""
+    rate = cfg.lr * min(1, (step + 1) / max(cfg.warmup_steps, 1))
+    if cfg.decay == "linear":
+        return rate * (1 - step / cfg.max_steps)
+    return rate / math.sqrt(max(step / cfg.ref_steps, 1))
+
+
+class PowerEMA:
+    """Averages of the weights with weight t^gamma for those of step t, one per width (EDM2 Eq. 121 to 127)."""
+
+    def __init__(self, model, widths):
+        self.parameters = dict(model.named_parameters())
+        self.averages = {width: {name: p.detach().clone() for name, p in self.parameters.items()} for width in widths}
+
+    @torch.no_grad()
+    def update(self, step):
+        """After optimizer step `step` (1 is the first)."""
+        for width, average in self.averages.items():
+            beta = (1 - 1 / step) ** (ema_exponent(width) + 1)
+            torch._foreach_lerp_(list(average.values()), list(self.parameters.values()), 1 - beta)
+
+
+@contextlib.contextmanager
+def averaged_weights(model, average):
+    """Within the block, the model has the averaged weights, back on the sphere, and is in eval mode."""
+    raw = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.load_state_dict(average, strict=False)
+    model.normalize_weights()
+    model.eval()
+    yield
+    model.load_state_dict(raw, strict=False)
+    model.train()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Evaluation: denoising error by noise level, without and with context, and a picture.
+
+@torch.no_grad()
+def error_table(model, source, stats, cfg, device, rank=0, world_size=1):
+    """Squared error of the denoised frames over the data variance: noise levels x (first frame, frames with at
+    least `eval_context` frames of context). All levels are noised copies of one pass."""
+    sigmas = torch.tensor(cfg.eval_sigmas, device=device)
+    total, count = torch.zeros(len(sigmas), source.frames, device=device), torch.zeros([], device=device)
+    for first in range(rank * 8, cfg.eval_clips, world_size * 8):                        # 8 clips at a time
+        numbers = range(first, min(first + 8, cfg.eval_clips))
+        clips, actions = load_batch(source, numbers)
+        clips = to_network(clips.to(device), stats, cfg.sigma_data)
+        eps = torch.stack([torch.randn(len(sigmas), *clips.shape[1:], generator=seeded(device, cfg.seed, number, 1),
+                                       device=device) for number in numbers])
+        sigma = sigmas[None, :, None].expand(eps.shape[:3])
+        denoised, _ = model(*clean_and_noised(clips, sigma, eps), None if actions is None else actions.to(device))
+        total += (denoised - clips[:, None]).square().mean(dim=(-3, -2, -1)).sum(0)
+        count += len(numbers)
+    error = sum_over_ranks(total) / sum_over_ranks(count) / cfg.sigma_data ** 2
+    return torch.stack([error[:, 0], error[:, cfg.eval_context:].mean(1)], dim=1).tolist()
+
+
+def format_table(step, errors, cfg):
+    """The error table in words."""
+    lines = [f"step {step}: denoising error on held-out clips, as a fraction of the data variance",
+             "  sigma             " + "".join(f"{sigma:>8g}" for sigma in cfg.eval_sigmas),
+             "  first frame       " + "".join(f"{first:8.3f}" for first, _ in errors),
+             f"  {cfg.eval_context}+ given frames   " + "".join(f"{later:8.3f}" for _, later in errors)]
+    return "\n".join(lines)
+
+
+def draw_picture(path, model, source, stats, cfg, device):
+    """Held-out clips, each above a rollout from its first frames."""
+    clips, actions = load_batch(source, range(4))
+    length = min(cfg.picture_frames, source.frames)
+    settings = {"levels": noise_levels(cfg.picture_steps, 0.02, 40, 7), "seed": cfg.seed}
+    made = make_videos(model, clips.to(device), cfg.eval_context, length, stats, settings,
+                       None if actions is None else actions.to(device))
+    pairs = [video for pair in zip(clips.numpy()[:, :length], made, strict=True) for video in pair]
+    write(path, torch.tensor(pairs).numpy(), cfg.eval_context, scale=2)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints and the log.
+
+def save_file(state, path):
+    """By way of a temporary file: a file of this name is always whole."""
+    temporary = path.with_name(f".{path.name}.part")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def differences(old, new):
+    """Settings that a resumed run would change, in words."""
+    return [f"{key}: {old.get(key)!r} there, {new[key]!r} now" for key in new
+            if key not in FREE_TO_CHANGE and list_of(old.get(key)) != list_of(new[key])]
+
+
+def list_of(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def resume(path, model, optimizer, ema, cfg, rank):
+    """(step, recent losses) to go on from: those of the checkpoint, or 0 if there is none."""
+    if cfg.init_from not in ("auto", "scratch"):
+        raise UserError(f"init_from={cfg.init_from!r}: choose auto or scratch")
+    if not path.exists():
+        return 0, []
+    if cfg.init_from == "scratch":
+        raise UserError(f"{path} holds a run already, which init_from=scratch would overwrite: "
+                        "choose another out_dir, or move it away")
+    state = load_file(path)
+    changed = differences(state["settings"], vars(cfg))
+    if changed:
+        raise UserError(f"{path} is of a run with other settings: {'; '.join(changed)}. "
+                        "Choose another out_dir, or repeat the run's settings to go on with it")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    for width, average in ema.averages.items():
+        for name, tensor in average.items():
+            tensor.copy_(state["ema"][width][name])
+    if rank == 0:
+        print(f"resuming {path} at step {state['step']} of {cfg.max_steps}")
+    return state["step"], state["recent"]
+
+
+def save_checkpoint(folder, step, recent, model, optimizer, ema, cfg, stats, origin):
+    """Everything that resuming and sampling need, in checkpoint.pt; every `checkpoint_interval` steps the
+    averages too, in a file of their own, for reconstructing other widths."""
+    save_file({"version": 1, "step": step, "settings": vars(cfg), "model_config": model.settings(), "stats": stats,
+               "origin": origin, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+               "ema": ema.averages, "recent": recent}, folder / "checkpoint.pt")
+    if step % cfg.checkpoint_interval == 0 or step == cfg.max_steps:
+        half = {width: {name: p.half() for name, p in average.items()} for width, average in ema.averages.items()}
+        save_file({"step": step, "ema": half}, folder / f"ema-{step:08d}.pt")
+
+
+class Log:
+    """log.jsonl, a JSON object a line; only rank 0 writes. A resumed run first drops what came after its step."""
+
+    def __init__(self, path, step, rank):
+        self.path = path if rank == 0 else None
+        if self.path and path.exists():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            path.write_text("".join(line + "\n" for line in lines if step))
+
+    def write(self, **entry):
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The training loop.
+
+def build_model(cfg, source, device):
+    names = set(ModelConfig.__dataclass_fields__) & set(vars(cfg))
+    try:
+        return Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim,
+                                    **{name: getattr(cfg, name) for name in names})).to(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def open_sources(cfg, rank):
+    """(training source, held-out source); rank 0 comes first, alone, as it may download."""
+    sources = None
+    for turn in range(2):
+        if (rank == 0) == (turn == 0):
+            sources = open_source(cfg, "train"), open_source(cfg, "val")
+        if dist.is_initialized():
+            dist.barrier()
+    return sources
+
+
+def ask_to_stop(stop):
+    """Ctrl-C and SIGTERM set stop[0], to end after the current step; a second one ends at once."""
+    def handler(number, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+        print("\nfinishing the step, then saving; once more to quit at once", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def gradients(network, batches, cfg, stats, device):
+    """One optimizer step's gradients, over its micro-batches; returns its mean loss."""
+    total = 0.0
+    for micro in range(cfg.accumulate):
+        samples, clips, actions = next(batches)
+        clips = to_network(clips, stats, cfg.sigma_data)
+        noise = draw_noise(samples, cfg.noised_copies, clips.shape[1:], cfg, device)
+        last = micro == cfg.accumulate - 1                  # gradients are exchanged once per optimizer step
+        with contextlib.nullcontext() if last or not dist.is_initialized() else network.no_sync():
+            loss = loss_of(network, clips, actions, noise, cfg) / cfg.accumulate
+            loss.backward()
+        total += loss.detach()
+    return total
+
+
+def optimizer_step(model, optimizer, step, cfg):
+    """Adam with unit-norm weights; returns the gradient norm. A non-finite gradient is not applied."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, cfg)
+    model.project_gradients()
+    norm = clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+    if math.isfinite(norm):
+        optimizer.step()
+        model.normalize_weights()
+    else:
+        print(f"\nstep {step}: the gradient norm is {norm}; the step is skipped", flush=True)
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def evaluate(step, model, ema, source, stats, cfg, device, rank, world_size, folder, log):
+    """Error table and picture with the first averaged weights, printed, logged, drawn."""
+    with averaged_weights(model, next(iter(ema.averages.values()))):
+        errors = error_table(model, source, stats, cfg, device, rank, world_size)
+        if rank == 0:
+            tqdm.write(format_table(step, errors, cfg))
+            log.write(step=step, sigmas=list(cfg.eval_sigmas), first_and_later_error=errors)
+            draw_picture(folder / f"rollout-{step:08d}.png", model, source, stats, cfg, device)
+
+
+def main(cfg):
+    device, rank, world_size = start_processes(cfg)
+    torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")
+    folder = Path(cfg.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    source, held_out = open_sources(cfg, rank)
+    stats = measure(source)
+    model = build_model(cfg, source, device)
+    model.dtype = compute_dtype(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
+    ema = PowerEMA(model, cfg.ema_widths)
+    step, recent = resume(folder / "checkpoint.pt", model, optimizer, ema, cfg, rank)
+    log = Log(folder / "log.jsonl", step, rank)
+    if rank == 0:
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{count / 1e6:.2f} million parameters on {world_size} x {device}; {source.origin}", flush=True)
+        if step == 0:
+            log.write(step=0, parameters=count, origin=source.origin, device=str(device), settings=vars(cfg))
+    network = torch.compile(model) if cfg.compile else model
+    if world_size > 1:
+        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+
+    def save():
+        if rank == 0:
+            save_checkpoint(folder, step, recent, model, optimizer, ema, cfg, stats, source.origin)
+
+    stop = []
+    ask_to_stop(stop)
+    batches = Batches(source, cfg.batch_size, device, step, rank, world_size, cfg.accumulate)
+    bar = tqdm(total=cfg.max_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
+    began, frames_per_step = time.perf_counter(), cfg.batch_size * cfg.noised_copies * source.frames
+    while step < cfg.max_steps and not sum_over_ranks(torch.tensor(len(stop), device=device)):
+        if cfg.dropout:
+            torch.manual_seed(cfg.seed + step * world_size + rank)
+        loss = gradients(network, batches, cfg, stats, device)
+        norm = optimizer_step(model, optimizer, step, cfg)
+        step += 1
+        ema.update(step)
+        recent.append((sum_over_ranks(loss) / world_size).item())
+        bar.update()
+        if step % cfg.log_interval == 0:
+            seconds, began = time.perf_counter() - began, time.perf_counter()
+            mean = sum(recent) / len(recent)
+            recent.clear()
+            bar.set_postfix(loss=f"{mean:.3f}")
+            log.write(step=step, loss=mean, grad_norm=norm, lr=learning_rate(step - 1, cfg),
+                      frames_per_second=round(frames_per_step * cfg.log_interval / seconds, 1))
+        if cfg.eval_interval and (step % cfg.eval_interval == 0 or step == cfg.max_steps):
+            evaluate(step, model, ema, held_out, stats, cfg, device, rank, world_size, folder, log)
+        if step % cfg.checkpoint_interval == 0 or step == cfg.max_steps:
+            save()
+    bar.close()
+    batches.close()
+    if stop:
+        save()
+    if rank == 0:
+        print(f"{'stopped' if stop else 'done'} at step {step}: {folder / 'checkpoint.pt'}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stop:
+        raise SystemExit(128 + stop[0])
+
+
+if __name__ == "__main__":
+    run(main, globals())
