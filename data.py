@@ -40,6 +40,14 @@ def require(condition, message):
         raise UserError(message)
 
 
+def as_range(name, value, least):
+    """(lo, hi) of a setting that is a number, alone or in a tuple, or a pair."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    possible = 1 <= len(values) <= 2 and least <= values[0] <= values[-1] < np.inf
+    require(possible, f"{name}={value!r}: set a number from {least} up, or (lo, hi) with {least} <= lo <= hi")
+    return values[0], values[-1]
+
+
 def generator(seed, stream, index):
     return np.random.default_rng((seed, STREAMS[stream], index))
 
@@ -52,7 +60,7 @@ MD5 = {FILES["train"]: "f68b3c2dcbeaaa9fbdd348bbdeb94873", FILES["val"]: "9fb629
 
 
 def read_idx(path):
-    """uint8 images (n, h, w) of an images file, gzipped or not. UserError if it cannot be read or is damaged."""
+    """The uint8 (n, h, w) of an images file, gzipped or not. UserError if it is damaged or cannot be read."""
     try:
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
@@ -60,9 +68,7 @@ def read_idx(path):
         if magic != 2051:
             raise ValueError(f"not an MNIST images file, it starts with {raw[:4]!r}")
         if min(n, h, w) < 1 or len(raw) != 16 + n * h * w:
-            raise ValueError(
-                f"it announces {n} images of {h} x {w} and holds {len(raw) - 16} bytes of pixels"
-            )
+            raise ValueError(f"announces {n} images of {h} x {w}, holds {len(raw) - 16} bytes of pixels")
     except (OSError, EOFError, zlib.error, ValueError) as error:  # the first three are gzip's
         fix = f"delete it, and `python data.py --data_dir={path.parent}` downloads it again"
         raise UserError(f"{path} cannot be used: {error}; {fix}") from error
@@ -81,8 +87,8 @@ _MIRRORS = (  # tried in this order
 def read_url(url, timeout):
     """The bytes at `url`. OSError after `timeout` seconds of silence or 30 times that in all.
 
-    The time in all is kept from outside, by leaving a thread behind: a socket's own limit starts anew with every
-    byte that trickles in, and looking up a host name has none.
+    The latter is kept by leaving a thread behind: a socket's own limit starts anew with every byte that
+    trickles in, and looking up a host name has none.
     """
     outcome = queue.Queue()
 
@@ -106,7 +112,7 @@ def read_url(url, timeout):
 
 
 def download(name, folder, mirrors=_MIRRORS, md5=MD5, timeout=10.0):
-    """Fetch `name` into `folder` from the first mirror that delivers it; OSError lists each mirror's reason."""
+    """Fetch `name` into `folder` from the first mirror that has it; OSError lists each mirror's reason."""
     folder, reasons = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.{os.getpid()}"  # in the same folder, where os.replace is atomic
@@ -131,30 +137,30 @@ def download(name, folder, mirrors=_MIRRORS, md5=MD5, timeout=10.0):
 # --------------------------------------------------------------------------------------------------
 # The digit bank: MNIST from disk, else downloaded, else drawn with a font, and said to be so.
 
-FONT_DIGITS = {"train": 4000, "val": 500}  # how many are drawn
+FONT_DIGITS = {"train": 3000, "val": 500}  # how many are drawn
 
 
 @functools.cache
 def font_digit(text, thickness):
-    """A white digit on black, four times too large: shrinking the distorted one is what smooths its edges."""
-    image = Image.new("L", (112, 112))
-    font = ImageFont.load_default(100)
-    ImageDraw.Draw(image).text((56, 56), text, 255, font, anchor="mm", stroke_width=thickness)
+    """A white digit on black, three times too large: shrinking the distorted one smooths its edges."""
+    image = Image.new("L", (84, 84))
+    font = ImageFont.load_default(75)
+    ImageDraw.Draw(image).text((42, 42), text, 255, font, anchor="mm", stroke_width=thickness)
     return image
 
 
 def draw_digit(text, rng):
     """A digit of Pillow's font, uint8 (28, 28): scaled, sheared, turned and thickened at random."""
-    image = font_digit(text, int(rng.integers(0, 5)))
+    image = font_digit(text, int(rng.integers(0, 4)))
     left, top, right, bottom = image.getbbox()
     angle, shear = rng.uniform(-0.3, 0.3), rng.uniform(-0.35, 0.35)  # radians; sideways per upwards
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     distortion = turn @ np.array([[1, -shear], [0, 1]]) @ np.diag(rng.uniform((0.75, 0.8), (1.15, 1.05)))
     inverse = np.linalg.inv(distortion)  # Pillow asks where each output pixel comes from
-    offset = np.array([left + right, top + bottom]) / 2 - inverse @ [56, 56]  # centre to centre
+    offset = np.array([left + right, top + bottom]) / 2 - inverse @ [42, 42]  # centre to centre
     affine = np.column_stack([inverse, offset]).ravel().tolist()
     image = image.transform(image.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
-    return np.asarray(image.reduce(4))
+    return np.asarray(image.reduce(3))
 
 
 def font_digits(split, seed):
@@ -166,7 +172,7 @@ def font_digits(split, seed):
 def present(data_dir):
     """{split: path} of the images files that are there, gzipped or unpacked."""
     paths = [(split, Path(data_dir, name)) for split, gz in FILES.items() for name in (gz[:-3], gz)]
-    return {split: path for split, path in paths if path.exists()}
+    return {split: path for split, path in paths if os.path.exists(path)}
 
 
 @functools.cache  # one attempt per process
@@ -242,12 +248,12 @@ def draw_velocity(rng, low, high, whole_pixels):
 
 
 class MovingDigits:
-    """Digits that move over a black square and bounce off its walls; where they overlap the brighter one shows.
+    """Digits that move over a black square and bounce off its walls; where two overlap, the brighter shows.
 
     digits        how many in a clip: a number, or (lo, hi) to draw the number from
-    speed         (lo, hi) in pixels per frame; the direction is uniform
-    whole_pixels  True: places and velocities are whole pixels, so away from walls a frame is an exact shift of
-                  the last one. False: both are real numbers, rounded to draw, as in Moving MNIST
+    speed         pixels per frame: a number, or (lo, hi) to draw it from; the direction is uniform
+    whole_pixels  True: places and velocities are whole pixels, so away from walls a frame is an exact shift
+                  of the last one. False: both are real numbers, rounded to draw, as in Moving MNIST
     bounce        at a wall 'reflect' mirrors the velocity, 'random' draws a new direction
     """
 
@@ -256,23 +262,19 @@ class MovingDigits:
     def __init__(
         self, split, *, data_dir, frames, frame_size, digits, digit_size, speed, whole_pixels, bounce, seed
     ):
-        fewest, most = (digits, digits) if isinstance(digits, int) else digits
-        low, high = speed
+        self.fewest, self.most = as_range("digits", digits, least=1)
+        self.low, self.high = as_range("speed", speed, least=0)
         require(split in FILES, f"split={split!r} is unknown; choose 'train' or 'val'")
-        require(
-            bounce in ("reflect", "random"), f"bounce={bounce!r} is unknown; choose 'reflect' or 'random'"
-        )
+        known = bounce in ("reflect", "random")
+        require(known, f"bounce={bounce!r} is unknown; choose 'reflect' or 'random'")
         require(frames >= 1, f"frames={frames} makes no clip; set 1 or more")
-        require(1 <= fewest <= most, f"digits={digits!r}: set 1 or more, or (lo, hi) with 1 <= lo <= hi")
         fits = 1 <= digit_size <= frame_size
         require(fits, f"digit_size={digit_size}: set 1 or more, and at most frame_size={frame_size}")
-        require(0 <= low <= high < np.inf, f"speed={speed!r}: set (lo, hi) with 0 <= lo <= hi")
         fix = "widen it, for example to (1, 2), or set whole_pixels=False"
-        possible = not whole_pixels or len(whole_velocities(low, high))
+        possible = not whole_pixels or len(whole_velocities(self.low, self.high))
         require(possible, f"speed={speed!r} holds no whole-pixel velocity; {fix}")
         require(seed >= 0, f"seed={seed} is negative; set 0 or more")
         self.split, self.frames, self.digit_size, self.seed = split, frames, digit_size, seed
-        self.fewest, self.most, self.low, self.high = fewest, most, low, high
         self.whole_pixels, self.bounce = whole_pixels, bounce
         self.shape = (1, frame_size, frame_size)
         self.free = frame_size - digit_size  # a digit's top left corner stays in [0, free], down and across
@@ -345,7 +347,7 @@ def measure(source, clips=256):
 
 
 def per_channel(stats, device):
-    """Mean and standard deviation, (c, 1, 1) each. A blocking copy would wait for all the GPU's queued work."""
+    """Mean and standard deviation, (c, 1, 1) each. A blocking copy would wait for the GPU's queued work."""
     values = torch.tensor([stats["mean"], stats["std"]])
     return values.to(device, non_blocking=device.type == "cuda")[..., None, None]
 
@@ -376,10 +378,11 @@ def load_batch(source, indices):
 class Batches:
     """An endless iterator over micro-batches (sample numbers, frames, actions), loaded ahead by a thread.
 
-    Step k trains on samples k * batch_size to (k + 1) * batch_size - 1, and sample number i is clip i. They go
-    in order to the step's `accumulate` micro-batches, and of each in order to the `world_size` processes.
+    Step k trains on samples k * batch_size to (k + 1) * batch_size - 1; sample number i is clip i. They go in
+    order to the step's `accumulate` micro-batches, and those of each in order to the `world_size` processes.
     The numbers are b ints; frames (uint8 (b, t, c, h, w)) and actions are on `device`. `waited` is the time
-    spent waiting for the thread, in seconds. The thread's errors are raised here. UserError if uneven.
+    spent waiting for the thread, in seconds. Errors in the thread are raised by `next`. UserError if
+    batch_size cannot be split evenly.
     """
 
     def __init__(self, source, batch_size, device, start=0, rank=0, world_size=1, accumulate=1, prefetch=4):
@@ -392,10 +395,8 @@ class Batches:
         self.on_gpu = self.device.type == "cuda"
         if self.on_gpu and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.size, self.stride = (
-            batch_size // parts,
-            batch_size // accumulate,
-        )  # samples: ours, all processes'
+        self.size = batch_size // parts  # samples in a micro-batch of this process
+        self.stride = batch_size // accumulate  # and in one of all processes
         self.first = start * batch_size + rank * self.size
         self.queue, self.stopped = queue.Queue(prefetch), threading.Event()
         self.thread = threading.Thread(target=self._fill, daemon=True)

@@ -26,16 +26,22 @@ def unit_rms(x, dims):
     return x * (mean_square + 1e-8).rsqrt().to(x.dtype)
 
 
-SILU_GAIN = 1 / 0.596                                       # mp_silu(x) = SILU_GAIN silu(x) (EDM2 Eq. 81)
+SILU_GAIN = 1 / 0.596                                       # of mp_silu (EDM2 Eq. 81)
 
 
 def mp_silu(x):
     return F.silu(x) * SILU_GAIN
 
 
+def blend(t):
+    """The factors of a and b in mp_sum(a, b, t) (EDM2 Eq. 88). Where b comes out of a convolution, its factor,
+    like `SILU_GAIN`, goes into the weights: a pass over the activations saved, forward and backward."""
+    return (1 - t) / math.hypot(1 - t, t), t / math.hypot(1 - t, t)
+
+
 def mp_sum(a, b, t):
-    """Blend of a and b, b with weight t (EDM2 Eq. 88)."""
-    return torch.lerp(a, b, t) * (1 / math.hypot(1 - t, t))
+    keep, add = blend(t)
+    return a * keep + b * add
 
 
 def mp_cat(a, b, t=0.5):
@@ -72,8 +78,8 @@ class MPWeight(nn.Module):
         self.fan_in = math.prod(shape[1:])
         self.normalize_weight()
 
-    def scaled(self, dtype):
-        return (self.weight * (1 / math.sqrt(self.fan_in))).to(dtype)
+    def scaled(self, dtype, gain=1.0):
+        return (self.weight * (gain / math.sqrt(self.fan_in))).to(dtype)
 
     @torch.no_grad()
     def normalize_weight(self):
@@ -102,9 +108,9 @@ def border_gain(h, w):
 class MPConv(MPWeight):
     """Convolution of every frame by itself, `same` padding, no bias; weight c_out c_in k k, k = 1 or 3."""
 
-    def forward(self, x):
+    def forward(self, x, gain=1.0):
         k = self.weight.shape[-1]
-        weight = self.scaled(x.dtype) * (border_gain(*x.shape[2:]) if k == 3 else 1)
+        weight = self.scaled(x.dtype, gain * (border_gain(*x.shape[2:]) if k == 3 else 1))
         return F.conv2d(x, weight, padding=k // 2)
 
 
@@ -165,9 +171,9 @@ class CausalConv(MPWeight):
         super().__init__(c_out, kernel, c_in, 3, 3)
         self.kernel = kernel
 
-    def forward(self, x, scale, seq):
+    def forward(self, x, scale, seq, gain=1.0):
         """x: (b s t) c_in h w; scale: (b s t) c_out, multiplied into the output -> (b s t) c_out h w."""
-        weight = self.scaled(x.dtype) * border_gain(*x.shape[2:])
+        weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
         y = F.conv2d(x, weight[:, 0], padding=1)
         if self.kernel == 1:
             return y * scale[:, :, None, None]
@@ -280,6 +286,9 @@ def attend_cached(q, k, v, ring, start):
     return torch.stack(frames, dim=1)[:, None]
 
 
+TRUNK, BRANCH = blend(0.3)                                  # a block's sums: what was there, what is added
+
+
 class Attention(nn.Module):
     """Cosine attention with residual sum: over a frame's own positions (window 1) or those of its past too."""
 
@@ -294,7 +303,7 @@ class Attention(nn.Module):
                         n=3, d=self.head_dim, s=seq.copies, t=seq.frames)
         q, k, v = unit_rms(qkv, -1)
         y = rearrange(self.attend(q, k, v, seq), "b s t m (h w) d -> (b s t) (m d) h w", h=x.shape[2])
-        return mp_sum(x, self.out(y), 0.3)
+        return torch.add(self.out(y, BRANCH), x, alpha=TRUNK)
 
     def attend(self, q, k, v, seq):
         if self.window == 1:
@@ -370,8 +379,8 @@ class Residual(nn.Module):
 
     def forward(self, x, emb, seq):
         scale = (1 + self.emb(emb) * self.emb_gain).to(x.dtype)
-        y = mp_silu(self.conv0(mp_silu(x), scale, seq))
-        return self.conv1(F.dropout(y, self.dropout, self.training))
+        y = F.silu(self.conv0(F.silu(x), scale, seq, SILU_GAIN))
+        return self.conv1(F.dropout(y, self.dropout, self.training), SILU_GAIN * BRANCH)
 
 
 class EncoderBlock(nn.Module):
@@ -385,7 +394,7 @@ class EncoderBlock(nn.Module):
     def forward(self, x, emb, seq):
         x = F.avg_pool2d(x, 2) if self.down else x
         x = unit_rms(self.skip(x), 1)                       # pixel norm
-        x = mp_sum(x, self.residual(x, emb, seq), 0.3)
+        x = torch.add(self.residual(x, emb, seq), x, alpha=TRUNK)
         return self.attention(x, seq) if self.attention else x
 
 
@@ -399,7 +408,7 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x, emb, seq):
         x = F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x
-        x = mp_sum(self.skip(x), self.residual(x, emb, seq), 0.3)
+        x = torch.add(self.residual(x, emb, seq), self.skip(x), alpha=TRUNK)
         return self.attention(x, seq) if self.attention else x
 
 

@@ -14,7 +14,7 @@ from einops import rearrange
 from PIL import Image
 
 from config import UserError, run
-from data import load_batch, open_source, to_network, to_pixels
+from data import load_batch, open_source, replacing, to_network, to_pixels
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make
@@ -249,18 +249,15 @@ def write_gif(path, videos, given, scale, fps):
 
 
 def write(path, videos, given=0, scale=4, fps=10):
-    """To `path`, as its extension says, by way of a temporary file, so that no half-written file is left."""
+    """To `path`, as its extension says."""
     path = Path(path)
     writers = {".gif": lambda file: write_gif(file, videos, given, scale, fps),
                ".png": lambda file: write_sheet(file, videos, given, scale),
                ".npy": lambda file: np.save(file, rearrange(videos, "n t c h w -> n t h w c"))}
     if path.suffix not in writers:
         raise UserError(f"--out={path}: the extension must be one of {', '.join(writers)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "wb") as file:
+    with replacing(path) as temporary, open(temporary, "wb") as file:
         writers[path.suffix](file)
-    os.replace(temporary, path)
 
 
 def make_videos(model, clips, given, frames, stats, rollout_settings, actions=None):

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from config import UserError, run
-from data import Batches, load_batch, measure, open_source, to_network
+from data import Batches, load_batch, measure, open_source, replacing, to_network
 from model import Denoiser, ModelConfig
 from sample import compute_dtype, ema_exponent, load_file, make_videos, noise_levels, pick_device, seeded, write
 
@@ -162,13 +163,14 @@ class PowerEMA:
 
     def __init__(self, model, widths):
         self.parameters = dict(model.named_parameters())
+        self.exponents = {width: ema_exponent(width) for width in widths}
         self.averages = {width: {name: p.detach().clone() for name, p in self.parameters.items()} for width in widths}
 
     @torch.no_grad()
     def update(self, step):
         """After optimizer step `step` (1 is the first)."""
         for width, average in self.averages.items():
-            beta = (1 - 1 / step) ** (ema_exponent(width) + 1)
+            beta = (1 - 1 / step) ** (self.exponents[width] + 1)
             torch._foreach_lerp_(list(average.values()), list(self.parameters.values()), 1 - beta)
 
 
@@ -179,9 +181,11 @@ def averaged_weights(model, average):
     model.load_state_dict(average, strict=False)
     model.normalize_weights()
     model.eval()
-    yield
-    model.load_state_dict(raw, strict=False)
-    model.train()
+    try:
+        yield
+    finally:
+        model.load_state_dict(raw, strict=False)
+        model.train()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -223,28 +227,23 @@ def draw_picture(path, model, source, stats, cfg, device):
     settings = {"levels": noise_levels(cfg.picture_steps, 0.02, 40, 7), "seed": cfg.seed}
     made = make_videos(model, clips.to(device), cfg.eval_context, length, stats, settings,
                        None if actions is None else actions.to(device))
-    pairs = [video for pair in zip(clips.numpy()[:, :length], made, strict=True) for video in pair]
-    write(path, torch.tensor(pairs).numpy(), cfg.eval_context, scale=2)
+    pairs = rearrange([clips.numpy()[:, :length], made], "two b t c h w -> (b two) t c h w")
+    write(path, pairs, cfg.eval_context, scale=2)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints and the log.
 
 def save_file(state, path):
-    """By way of a temporary file: a file of this name is always whole."""
-    temporary = path.with_name(f".{path.name}.part")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    """A file of this name is always whole."""
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def differences(old, new):
     """Settings that a resumed run would change, in words."""
-    return [f"{key}: {old.get(key)!r} there, {new[key]!r} now" for key in new
-            if key not in FREE_TO_CHANGE and list_of(old.get(key)) != list_of(new[key])]
-
-
-def list_of(value):
-    return list(value) if isinstance(value, tuple) else value
+    return [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
+            if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
 
 
 def resume(path, model, optimizer, ema, cfg, rank):
@@ -374,7 +373,8 @@ def evaluate(step, model, ema, source, stats, cfg, device, rank, world_size, fol
 def main(cfg):
     device, rank, world_size = start_processes(cfg)
     torch.manual_seed(cfg.seed)
-    torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")          # what stays float32 may use TF32
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     source, held_out = open_sources(cfg, rank)
