@@ -5,6 +5,7 @@ A source has `clip(index)`, `frames`, `shape`, `action_dim` and `origin`. Clip `
 `python data.py --data_dir=data/mnist` fetches MNIST ahead of time and says what is there.
 """
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -46,6 +47,23 @@ def as_range(name, value, least):
     possible = 1 <= len(values) <= 2 and least <= values[0] <= values[-1] < np.inf
     require(possible, f"{name}={value!r}: set a number from {least} up, or (lo, hi) with {least} <= lo <= hi")
     return values[0], values[-1]
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path to write to, in the folder of `path`: moved there when the block ends well, so that a file
+    of that name is always whole, and removed when it does not. UserError if it cannot be written."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # above all: that it is not there
+            temporary.unlink()
 
 
 def generator(seed, stream, index):
@@ -112,11 +130,9 @@ def read_url(url, timeout):
 
 
 def download(name, folder, mirrors=_MIRRORS, md5=MD5, timeout=10.0):
-    """Fetch `name` into `folder` from the first mirror that has it; OSError lists each mirror's reason."""
-    folder, reasons = Path(folder), []
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{name}.{os.getpid()}"  # in the same folder, where os.replace is atomic
-    try:
+    """Fetch `name` into `folder` from the first mirror that has it; UserError lists each mirror's reason."""
+    reasons = []
+    with replacing(Path(folder, name)) as temporary:
         temporary.touch()  # a folder that cannot be written is no mirror's fault
         for mirror in mirrors:
             try:
@@ -125,13 +141,10 @@ def download(name, folder, mirrors=_MIRRORS, md5=MD5, timeout=10.0):
                 if digest != md5[name]:
                     raise OSError(f"wrong checksum of {len(content)} bytes (md5 {digest}, not {md5[name]})")
                 temporary.write_bytes(content)
-                os.replace(temporary, folder / name)
                 return
             except (OSError, HTTPException) as error:
                 reasons.append(f"{mirror} {str(error) or repr(error)}")
-    finally:
-        temporary.unlink(missing_ok=True)
-    raise OSError(f"{name}: {', '.join(reasons)}")
+        raise UserError(f"{name}: {', '.join(reasons)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -182,7 +195,7 @@ def fetch(data_dir):
         for split in FILES:
             if split not in present(data_dir):
                 download(FILES[split], data_dir)
-    except OSError as error:
+    except UserError as error:
         return str(error)
 
 
@@ -254,7 +267,8 @@ class MovingDigits:
     speed         pixels per frame: a number, or (lo, hi) to draw it from; the direction is uniform
     whole_pixels  True: places and velocities are whole pixels, so away from walls a frame is an exact shift
                   of the last one. False: both are real numbers, rounded to draw, as in Moving MNIST
-    bounce        at a wall 'reflect' mirrors the velocity, 'random' draws a new direction
+    bounce        at a wall 'reflect' mirrors the velocity, 'random' draws a new direction (and with whole
+                  pixels a new speed: too few whole-pixel velocities are equally fast)
     """
 
     action_dim = 0
@@ -280,16 +294,25 @@ class MovingDigits:
         self.free = frame_size - digit_size  # a digit's top left corner stays in [0, free], down and across
         self.bank, self.origin = load_digits(data_dir, split, seed)
 
+    def _leave_wall(self, rng, velocity, at_wall):
+        """A new velocity with a part across each wall touched (at_wall, yx); the caller turns it inwards."""
+        if not self.whole_pixels:
+            length = np.linalg.norm(velocity)
+            return draw_velocity(rng, length, length, whole_pixels=False)
+        choices = whole_velocities(self.low, self.high)
+        leaving = choices[(choices != 0)[:, at_wall].all(1)]
+        return rng.choice(leaving if len(leaving) else choices)  # none: in a corner with speed 1
+
     def _random_bounces(self, rng, place, velocity):
-        """Yield the places (yx) of a digit that leaves each wall in a new direction, as fast as before."""
+        """Yield the places (yx) of a digit that leaves each wall in a new direction."""
         half = self.free / 2
         for _ in range(self.frames):
             yield place
             side = place - half  # at a wall it is half or -half
             if (side * np.sign(velocity) >= half).any():
-                length = np.linalg.norm(velocity)
-                velocity = draw_velocity(rng, length, length, self.whole_pixels)
-                velocity = np.where(np.abs(side) >= half, -np.sign(side) * np.abs(velocity), velocity)
+                at_wall = np.abs(side) >= half
+                velocity = self._leave_wall(rng, velocity, at_wall)
+                velocity = np.where(at_wall, -np.sign(side) * np.abs(velocity), velocity)
             place = np.minimum(np.maximum(place + velocity, 0), self.free)
 
     def _path(self, rng):

@@ -240,10 +240,10 @@ def write_sheet(path, videos, given, scale):
 
 def write_gif(path, videos, given, scale, fps):
     """An endless GIF of the videos side by side, in rows of at most eight."""
-    n = len(videos)
-    columns = min(n, 8)
-    blank = np.zeros((-n % columns, *videos.shape[1:]), np.uint8)
-    tiled = rearrange(cells(np.concatenate([videos, blank]), given, scale), "(r n) t h w c -> t (r h) (n w) c", n=columns)
+    columns = min(len(videos), 8)
+    blank = np.zeros((-len(videos) % columns, *videos.shape[1:]), np.uint8)
+    tiles = cells(np.concatenate([videos, blank]), given, scale)
+    tiled = rearrange(tiles, "(r n) t h w c -> t (r h) (n w) c", n=columns)
     pictures = [Image.fromarray(picture) for picture in tiled]
     pictures[0].save(path, format="gif", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
 
@@ -283,7 +283,7 @@ def main(cfg):
         if getattr(cfg, name) < least:
             raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
     if cfg.context > cfg.frames:
-        raise UserError(f"--context={cfg.context} is more than --frames={cfg.frames}, which counts the given frames too")
+        raise UserError(f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
     path = cfg.checkpoint or newest_checkpoint()
     device = pick_device(cfg.device)
     model, state = load_model(path, cfg.ema, device)
@@ -291,7 +291,8 @@ def main(cfg):
     settings = SimpleNamespace(**state["settings"] | {"frames": cfg.frames})
     settings.data_dir = cfg.data_dir or settings.data_dir
     source = open_source(settings, cfg.split)
-    print(f"{path}, step {state['step']}, " + (f"weights averaged over {cfg.ema:g} of the run" if cfg.ema else "raw weights"))
+    weights = f"weights averaged over {cfg.ema:g} of the run" if cfg.ema else "raw weights"
+    print(f"{path}, step {state['step']}, {weights}")
     print(f"given frames: {source.origin}")
     clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
     videos = make_videos(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),

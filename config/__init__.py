@@ -1,26 +1,15 @@
-"""How config files and flags override a script's settings.
+"""Config files, then flags, override a script's settings, in order. The script ends in `run(main, globals())`.
 
-A script's settings are the globals at its top, each with a trailing comment:
-
-    batch_size = 8          # clips per optimizer step, over all processes
+Settings are the globals at the script's top, one a line: `batch_size = 8  # clips per optimizer step`.
 
     python train.py config/mnist.py --batch_size=32 --out_dir out/x --compile
-
-Config files are applied first, then flags, each in the order given. The script ends with
-
-    if __name__ == "__main__":
-        run(main, globals())            # calls main(settings), settings being a SimpleNamespace
 """
-
-import ast
+import contextlib
 import difflib
 import os
 import re
-import shlex
 import sys
-import tokenize
 import traceback
-from contextlib import suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -31,188 +20,96 @@ class UserError(ValueError):
     """Something the user can mend; its text is the whole message."""
 
 
-# ---------------------------------------------------------------------------------------------
-# Values. A flag's text is parsed first; what a config file holds is a value already. Then both
-# pass the same check against the type of the setting's default.
-
-
-def is_setting(name, value):
-    """Settings are public and plain; imported modules, functions and classes are not settings."""
-    if isinstance(value, (tuple, list)):
-        return all(is_setting(name, element) for element in value)
-    return not name.startswith("_") and isinstance(value, (bool, int, float, str, type(None)))
-
-
-def element_of(default):
-    """The element that stands for the type of a tuple's elements; those of (0, 0.5) are floats."""
-    floats = [element for element in default if isinstance(element, float)]
-    return (floats or list(default) or [None])[0]
-
-
-def parse(text, default):
-    """A flag's text, read as the type of the default; text that cannot be is left for `checked`."""
-    if isinstance(default, str):
-        return text
-    if isinstance(default, bool):
-        return BOOL_WORDS.get(text.lower(), text)
-    if isinstance(default, (tuple, list)):  # 1,2,4 or (1,2,4) or [1,2,4]
-        inner = text.strip("()[] ").removesuffix(",")
-        items = inner.split(",") if inner else []
-        return [parse(item.strip(" '\""), element_of(default)) for item in items]
-    for read in (ast.literal_eval,) if default is None else (int, float):
-        with suppress(ValueError, SyntaxError, TypeError):
-            return read(text)
-    return text
-
-
-def checked(value, default):
-    """`value` in the type of `default`, or TypeError. A bool is never taken for a number."""
-    kind = type(default)
-    if kind in (tuple, list) and isinstance(value, (tuple, list)):
-        return kind(checked(element, element_of(default)) for element in value)
-    if default is None or type(value) is kind:
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is int and type(value) is float and value.is_integer():  # 1e6
-        return int(value)
-    raise TypeError
-
-
-def type_name(default):
-    name = type(default).__name__
-    if isinstance(default, (tuple, list)) and default:
-        return f"{name} of {type_name(element_of(default))}s"
-    return name
+def plain_settings(names):
+    """Without modules, functions, _private names and CONSTANTS."""
+    return {key: value for key, value in names.items() if not key.startswith("_") and not key.isupper()
+            and isinstance(value, (bool, int, float, str, tuple, list))}
 
 
 def as_flag(key, value):
-    """`--key=value` in the form one would type it."""
-    if isinstance(value, (tuple, list)):
-        value = ",".join(map(str, value)) or "()"
-    return f"--{key}={shlex.quote(str(value))}"
+    return f"--{key}={','.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
 
 
-# ---------------------------------------------------------------------------------------------
-# Where overrides come from: config files and flags.
-
-
-def require_known(key, defaults, where):
-    if key not in defaults:
-        closest = difflib.get_close_matches(key, defaults, n=1, cutoff=0)
-        hint = f" (did you mean {closest[0]!r}?)" if closest else ""
-        raise UserError(f"{where}: unknown setting {key!r}{hint}")
-
-
-def require_config_file(path):
-    if not path.endswith(".py"):
-        raise UserError(f"unexpected argument {path!r}: config files end in .py, settings are --key=value")
-    if not os.path.isfile(path):
-        known = sorted(f"config/{file.name}" for file in Path(__file__).parent.glob("[!_]*.py"))
-        raise UserError(f"no config file {path}; there are: {', '.join(known) or 'none'}")
-
-
-def error_line(error, path):
-    """The line of `path` that does not parse, or the one that was running when `error` was raised."""
-    if isinstance(error, SyntaxError) and error.filename == path:
-        return error.lineno
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-    return lines[-1] if lines else 1
-
-
-def is_override(name, value):
-    """What a config file imports or defines to compute its values is not an override."""
-    return not (name.startswith("_") or isinstance(value, ModuleType) or callable(value))
+def convert(value, default):
+    """`value`, the text of a flag or anything from a file, in the type of `default`. ValueError if it does not fit."""
+    kind = type(default)
+    if kind in (tuple, list):
+        if isinstance(value, str):  # 1,2,4 or (1,2,4)
+            value = [item.strip(" '\"") for item in value.strip("()[], ").split(",") if item]
+        like = max(default, key=lambda element: isinstance(element, float), default=None)  # (0, 0.5) holds floats
+        return kind(convert(item, like) for item in (value if isinstance(value, (tuple, list)) else [value]))
+    if kind is bool and isinstance(value, str):
+        value = BOOL_WORDS.get(value.lower())
+    for wanted in (int, float, str) if default is None else (kind,):  # None: the default is an empty tuple
+        if type(value) in (wanted, str) or (wanted is float and type(value) is int):
+            with contextlib.suppress(ValueError):
+                return wanted(value)
+    raise ValueError
 
 
 def read_file(path):
-    """A config file is Python; every public plain name it leaves behind is an override."""
-    require_config_file(path)
-    source, names = Path(path).read_bytes(), {"__name__": "config_file", "__file__": path}
+    """{key: value}: a config file is Python, and the public names that it leaves behind are overrides."""
+    if not (path.endswith(".py") and os.path.isfile(path)):
+        known = sorted(f"config/{file.name}" for file in Path(__file__).parent.glob("[!_]*.py"))
+        raise UserError(f"no config file {path!r}; there are: {', '.join(known)} (settings are given as --key=value)")
+    names = {"__name__": "config_file", "__file__": path}
     try:
-        exec(compile(source, path, "exec"), names)
-    except Exception as error:
-        message = error.msg if isinstance(error, SyntaxError) else error
-        where = f"{path}, line {error_line(error, path)}"
-        raise UserError(f"{where}: {type(error).__name__}: {message}") from error
-    return {key: value for key, value in names.items() if is_override(key, value)}
+        exec(compile(Path(path).read_bytes(), path, "exec"), names)
+    except Exception as error:  # its line is the last that ran in this file; if none did, the one that does not parse
+        ran = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}, line {ran[-1] if ran else getattr(error, 'lineno', 1)}"
+        raise UserError(f"{where}: {type(error).__name__}: {getattr(error, 'msg', error)}") from error
+    return {key: value for key, value in names.items()
+            if not key.startswith("_") and not isinstance(value, ModuleType) and not callable(value)}
 
 
-def take_value(key, default, rest):
-    """The value of `--key` in the form `--key value`, removed from `rest`. A bare bool is True."""
-    if isinstance(default, bool) and (not rest or rest[0].lower() not in BOOL_WORDS):
-        return "true"
-    if not rest or rest[0].startswith("--"):
-        raise UserError(f"--{key}: its value is missing (for example {as_flag(key, default)})")
-    return rest.pop(0)
-
-
-def split_arguments(argv, defaults):
-    """`argv` as a list of config files and a list of (key, text) flags."""
-    files, flags, rest = [], [], list(argv)
+def find_overrides(argv, defaults):
+    """[(where, key, value)], files first. A flag without a value is True if it is a bool, else None."""
+    from_files, from_flags, rest = [], [], list(argv)
     while rest:
         argument = rest.pop(0)
-        if argument.startswith("--"):
-            key, equals, text = argument[2:].partition("=")
-            require_known(key, defaults, f"--{key}")
-            flags.append((key, text if equals else take_value(key, defaults[key], rest)))
-        else:
-            files.append(argument)
-    return files, flags
+        if not argument.startswith("--"):
+            from_files += [(argument, key, value) for key, value in read_file(argument).items()]
+            continue
+        key, equals, value = argument[2:].partition("=")
+        if not equals:
+            is_bool = isinstance(defaults.get(key), bool)
+            has_value = rest and (rest[0].lower() in BOOL_WORDS if is_bool else not rest[0].startswith("--"))
+            value = rest.pop(0) if has_value else True if is_bool else None
+        from_flags.append(("command line", key, value))
+    return from_files + from_flags
 
 
 def read_settings(defaults, argv):
     """All settings as a SimpleNamespace: the defaults, then config files, then flags."""
-    defaults = {key: value for key, value in defaults.items() if is_setting(key, value)}
-    files, flags = split_arguments(argv, defaults)
-    overrides = [(path, key, value) for path in files for key, value in read_file(path).items()]
-    overrides += [("command line", key, parse(text, defaults[key])) for key, text in flags]
+    defaults = plain_settings(defaults)
     settings = dict(defaults)
-    for where, key, value in overrides:
-        require_known(key, defaults, where)
+    for where, key, value in find_overrides(argv, defaults):
+        if key not in defaults:
+            closest = "".join(difflib.get_close_matches(key, defaults, n=1, cutoff=0))
+            raise UserError(f"{where}: unknown setting {key!r}; did you mean {closest!r}?")
         try:
-            settings[key] = checked(value, defaults[key])
-        except TypeError:
-            example = f"{key} = {defaults[key]!r}" if where in files else as_flag(key, defaults[key])
-            kind = type_name(defaults[key])
-            raise UserError(f"{where}: {key} is {value!r}, expected {kind} (for example {example})") from None
+            settings[key] = convert(value, defaults[key])
+        except ValueError:
+            default, what = defaults[key], f"is {value!r}" if value is not None else "has no value"
+            example = as_flag(key, default) if where == "command line" else f"{key} = {default!r}"
+            raise UserError(f"{where}: {key} {what}, expected {type(default).__name__}, as in {example}") from None
     return SimpleNamespace(**settings)
 
 
-# ---------------------------------------------------------------------------------------------
-# --help, read from the script itself, so that each setting is described in one place only.
-
-
-def described_settings(path):
-    """(key, heading above it or "", trailing comment) of each top-level assignment, in order."""
-    with tokenize.open(path) as file:
-        source = file.read()
-    tokens = tokenize.generate_tokens(iter(source.splitlines(keepends=True)).__next__)
-    comments = {token.start[0]: token.string for token in tokens if token.type == tokenize.COMMENT}
-    previous = 0
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            between = [comments.get(line, "") for line in range(previous + 1, node.lineno)]
-            headings = [text.strip("#- ") for text in between if re.match(r"# ?--.*\w", text)]  # "# -- data"
-            yield node.targets[0].id, "".join(headings[-1:]), comments.get(node.end_lineno, "").strip("# ")
-        previous = node.end_lineno
-
-
 def help_text(path, defaults):
-    """What the script does, its usage, and every setting with its default and comment."""
-    flags = {key: as_flag(key, value) for key, value in defaults.items() if is_setting(key, value)}
-    rows = [row for row in described_settings(path) if row[0] in flags]
-    width = max((len(flags[key]) for key, _, _ in rows), default=0)
-    purpose = (ast.get_docstring(ast.parse(Path(path).read_bytes())) or "").partition("\n")[0]
-    lines = [purpose, f"\nusage: python {Path(path).name} [config/NAME.py ...] [--key=value ...]\n"]
-    for number, (key, heading, comment) in enumerate(rows):
-        lines += ["\n" * (number > 0) + heading] if heading else []
-        lines += [f"  {flags[key]:{width}}  {comment}".rstrip()]
+    """Every setting with its default and trailing comment, under the script's headings (`# -- data`)."""
+    settings = plain_settings(defaults)
+    width = max((len(as_flag(key, value)) for key, value in settings.items()), default=0)
+    lines = [(defaults.get("__doc__") or "").partition("\n")[0],
+             f"\nusage: python {Path(path).name} [config/NAME.py ...] [--key=value ...]", ""]
+    for line in Path(path).read_text("utf-8").splitlines():
+        setting = re.match(r"(\w+) = (?:.*?  # (.*))?", line)
+        if line.startswith("# -- "):
+            lines += ["", line[5:]] if lines[-1] else [line[5:]]
+        elif setting and setting[1] in settings:
+            lines.append(f"  {as_flag(setting[1], settings[setting[1]]):{width}}  {setting[2] or ''}".rstrip())
     return "\n".join(lines).strip()
-
-
-# ---------------------------------------------------------------------------------------------
-# The entry point of every script.
 
 
 def run(main, script_globals):

@@ -9,21 +9,18 @@ from pathlib import Path
 import pytest
 
 import config
-from config import UserError, help_text, read_settings
-
-ROOT = Path(__file__).resolve().parents[1]
+from config import UserError, read_settings
 
 DEFAULTS = {
-    "batch_size": 8, "lr": 1e-2, "out_dir": "out", "compile": False, "resume": None, "shift": 0,
-    "channel_mults": (1, 2), "betas": [0.9, 0.99], "names": ("a", "b"), "mixed": (0, 0.5), "empty": (),
-    "_private": 1, "os": os, "Path": Path,
+    "batch_size": 8, "lr": 1e-2, "out_dir": "out", "compile": False, "shift": 0,
+    "channel_mults": (1, 2), "betas": [0.9, 0.99], "mixed": (0, 0.5), "empty": (),
+    "_private": 1, "COLOUR": (255, 0, 0), "os": os, "Path": Path,
 }
 
 SCRIPT = '''"""A script for tests.
 
 Not part of the help.
 """
-import math
 import os
 
 from config import UserError, run
@@ -33,15 +30,12 @@ batch_size = 8          # clips per step
 out_dir = "out"         # where; a # and "quotes" are fine
 channel_mults = (1, 2)  # widths
 # -- optimizer
-betas = (0.9,
-         0.99)          # Adam's two
+resolutions = ()
 compile = False         # torch.compile
 _private = 3            # not a setting
-
+COLOUR = (255, 0, 0)    # nor is this
 
 # ---------------------------------
-# The loop
-
 def main(settings):
     if settings.out_dir == "missing":
         raise UserError("no such folder")
@@ -52,9 +46,7 @@ def main(settings):
     print(settings.batch_size, settings.out_dir, settings.compile)
     print("line\\n" * 10_000 * (settings.out_dir == "long"))
 
-
-if __name__ == "__main__":
-    run(main, globals())
+run(main, globals())
 '''
 
 
@@ -72,12 +64,9 @@ def refusal(*argv):
 @pytest.fixture
 def config_file(tmp_path):
     """Writes a config file; returns its path."""
-
     def write(text, name="experiment.py"):
-        path = tmp_path / name
-        path.write_text(text)
-        return str(path)
-
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
     return write
 
 
@@ -85,43 +74,24 @@ def config_file(tmp_path):
 def script(tmp_path):
     """Runs `python toy.py ARGUMENTS` in a shell, toy.py being SCRIPT; returns the finished process."""
     (tmp_path / "toy.py").write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def start(arguments):
-        command = f"{shlex.quote(sys.executable)} toy.py {arguments}"
-        options = {"shell": True, "capture_output": True, "text": True}
-        return subprocess.run(command, env=environment, cwd=tmp_path, **options)
-
-    return start
+    options = {"shell": True, "capture_output": True, "text": True, "cwd": tmp_path}
+    options["env"] = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    return lambda arguments: subprocess.run(f"{shlex.quote(sys.executable)} toy.py {arguments}", **options)
 
 
 # What is a setting, and what overrides it.
 
 
 def test_defaults_are_the_public_plain_values():
-    others = ("_private", "os", "Path")
-    assert vars(read()) == {key: value for key, value in DEFAULTS.items() if key not in others}
+    assert list(vars(read())) == "batch_size lr out_dir compile shift channel_mults betas mixed empty".split()
+    assert read().betas == [0.9, 0.99]
 
 
-def test_flags_win_over_files_wherever_they_stand(config_file):
-    path = config_file("batch_size = 16\nlr = 0.5\n")
-    for argv in ([path, "--batch_size=32"], ["--batch_size=32", path]):
-        settings = read(*argv)
-        assert (settings.batch_size, settings.lr, settings.out_dir) == (32, 0.5, "out")
-
-
-def test_the_later_file_and_the_later_flag_win(config_file):
+def test_files_come_first_then_flags_each_in_order(config_file):
     first, second = config_file("shift = 1\nlr = 0.1", "1.py"), config_file("shift = 2", "2.py")
     assert (read(first, second).shift, read(second, first).shift) == (2, 1)
-    assert read(first, second).lr == 0.1
-    assert read("--shift=3", "--shift", "4").shift == 4
-    assert read("--resume=3", "--resume", "x").resume == "x"
-
-
-def test_defaults_are_left_alone(config_file):
-    before = dict(DEFAULTS)
-    read(config_file("betas = [0, 1]"), "--lr=3")
-    assert before == DEFAULTS
+    settings = read("--shift=3", first, "--shift", "4", second)
+    assert (settings.shift, settings.lr, settings.out_dir) == (4, 0.1, "out")
 
 
 def test_config_file_is_python(config_file):
@@ -129,132 +99,91 @@ def test_config_file_is_python(config_file):
     assert read(config_file(text)).shift == 8
 
 
-# Types, in both forms of a flag.
+# Types, in both forms of a flag and in files.
 
-ACCEPTED = [
+
+@pytest.mark.parametrize(("key", "text", "expected"), [
     ("batch_size", "32", 32),
-    ("batch_size", "1e6", 1_000_000),
-    ("shift", "-1", -1),
+    ("batch_size", "-1", -1),
     ("lr", "1e-3", 1e-3),
     ("lr", "1", 1.0),
-    ("lr", "inf", float("inf")),
     ("compile", "True", True),
-    ("compile", "1", True),
-    ("compile", "false", False),
     ("compile", "0", False),
-    ("out_dir", "x.gif", "x.gif"),
     ("out_dir", "a=b.gif", "a=b.gif"),
     ("out_dir", "1", "1"),
-    ("out_dir", "None", "None"),
+    ("out_dir", "-x", "-x"),
     ("channel_mults", "1,2,4", (1, 2, 4)),
     ("channel_mults", "(1, 2, 4)", (1, 2, 4)),
-    ("channel_mults", "[1,2,4]", (1, 2, 4)),
     ("channel_mults", "2", (2,)),
     ("channel_mults", "(2,)", (2,)),
     ("channel_mults", "()", ()),
     ("betas", "0,1e-1", [0.0, 0.1]),
-    ("names", "x, 1", ("x", "1")),
-    ("names", "('x', 'y')", ("x", "y")),
     ("mixed", "0.25,1", (0.25, 1.0)),
-    ("empty", "1,x", (1, "x")),
-    ("resume", "1e-3", 1e-3),
-    ("resume", "(1, 2)", (1, 2)),
-    ("resume", "out/x.pt", "out/x.pt"),
-]
-
-
-@pytest.mark.parametrize("form", ["equals", "space"])
-@pytest.mark.parametrize(("key", "text", "expected"), ACCEPTED)
-def test_value(form, key, text, expected):
-    argv = [f"--{key}={text}"] if form == "equals" else [f"--{key}", text]
-    value = getattr(read(*argv, "--shift=9"), key) if key != "shift" else read(*argv).shift
-    assert value == expected
-    assert type(value) is type(expected)
-    if isinstance(expected, (tuple, list)):
-        assert [type(element) for element in value] == [type(element) for element in expected]
-
-
-def test_equals_form_takes_any_text():
-    assert read("--out_dir=").out_dir == ""
-    assert read("--out_dir=--lr").out_dir == "--lr"
-    assert read("--out_dir=-x").out_dir == "-x"
+    ("empty", "1,0.5,x", (1, 0.5, "x")),
+])
+def test_value(key, text, expected):
+    for argv in ([f"--{key}={text}"], [f"--{key}", text]):
+        settings = read(*argv, "--shift=9")
+        assert repr(getattr(settings, key)) == repr(expected)  # repr tells 1 from 1.0 and True
+        assert settings.shift == 9
 
 
 def test_bare_bool_flag_is_true(config_file):
     assert read("--compile").compile is True
-    assert read("--compile", "--lr=1").compile is True
     settings = read("--compile", config_file("lr = 3"))  # the file is not taken for the flag's value
     assert (settings.compile, settings.lr) == (True, 3.0)
 
 
-@pytest.mark.parametrize(("key", "text"), [
-    ("batch_size", "1.5"), ("batch_size", "1,2"), ("batch_size", "True"), ("batch_size", "many"),
-    ("lr", "fast"), ("lr", "False"), ("compile", "2"),
-    ("channel_mults", "1,x"), ("channel_mults", "1,0.5"), ("betas", "True"),
+def test_types_in_a_file(config_file):
+    settings = read(config_file("lr = 1\nchannel_mults = [1]\nbetas = (0, 1)\nempty = (8, 0.5)\ncompile = True"))
+    assert repr((settings.lr, settings.channel_mults, settings.betas)) == "(1.0, (1,), [0.0, 1.0])"
+    assert repr((settings.empty, settings.compile)) == "((8, 0.5), True)"
+
+
+@pytest.mark.parametrize(("key", "text", "expected"), [
+    ("batch_size", "1.5", "int, as in --batch_size=8"), ("batch_size", "True", "int, as in --batch_size=8"),
+    ("lr", "fast", "float, as in --lr=0.01"), ("compile", "2", "bool, as in --compile=False"),
+    ("channel_mults", "1,0.5", "tuple, as in --channel_mults=1,2"), ("betas", "x", "list, as in --betas=0.9,0.99"),
 ])
-def test_wrong_type_in_a_flag(key, text):
-    message = refusal(f"--{key}={text}")
-    assert key in message
-    assert type(DEFAULTS[key]).__name__ in message
-    assert f"(for example --{key}=" in message
+def test_wrong_type_in_a_flag(key, text, expected):
+    assert refusal(f"--{key}={text}") == f"command line: {key} is {text!r}, expected {expected}"
 
 
 @pytest.mark.parametrize("line", [
-    "batch_size = (1, 2)", "batch_size = True", "batch_size = '4'", "lr = '1e-3'", "lr = True",
-    "compile = 1", "out_dir = None", "channel_mults = 2", "channel_mults = (1, 'x')", "channel_mults = '1,2'",
+    "batch_size = (1, 2)", "batch_size = True", "batch_size = 1.5", "lr = True", "compile = 1",
+    "out_dir = 3", "channel_mults = (1, 'x')", "channel_mults = {}", "empty = (True,)",
 ])
 def test_wrong_type_in_a_file(config_file, line):
-    path, key = config_file(line), line.split()[0]
-    message = refusal(path)
-    assert message.startswith(f"{path}: {key} is ")
-    assert f"(for example {key} = {DEFAULTS[key]!r})" in message
-
-
-def test_types_in_a_file(config_file):
-    text = "lr = 1\nbatch_size = 1e3\nchannel_mults = [1]\nbetas = (0, 1)\nresume = {'any': 'thing'}"
-    settings = read(config_file(text))
-    assert repr(settings.lr) == "1.0"
-    assert repr(settings.batch_size) == "1000"
-    assert repr((settings.channel_mults, settings.betas)) == "((1,), [0.0, 1.0])"
-    assert settings.resume == {"any": "thing"}
-
-
-def test_wrong_type_message_in_full():
-    assert refusal("--channel_mults=1,x") == (
-        "command line: channel_mults is [1, 'x'], expected tuple of ints (for example --channel_mults=1,2)"
-    )
+    path, (key, value) = config_file(line), line.split(" = ")
+    expected = f"{type(DEFAULTS[key]).__name__}, as in {key} = {DEFAULTS[key]!r}"
+    assert refusal(path) == f"{path}: {key} is {value}, expected {expected}"
 
 
 # Mistakes other than types.
 
 
-def test_unknown_key_in_a_flag():
-    assert refusal("--batchsize=2") == "--batchsize: unknown setting 'batchsize' (did you mean 'batch_size'?)"
+def test_unknown_key(config_file):
+    assert refusal("--batchsize=2") == "command line: unknown setting 'batchsize'; did you mean 'batch_size'?"
     assert "did you mean 'out_dir'?" in refusal("--out-dir", "x")
     assert "unknown setting '_private'" in refusal("--_private=2")
-
-
-def test_unknown_key_in_a_file(config_file):
     path = config_file("lr = 1\nbatchsize = 2\n")
-    assert refusal(path) == f"{path}: unknown setting 'batchsize' (did you mean 'batch_size'?)"
+    assert refusal(path) == f"{path}: unknown setting 'batchsize'; did you mean 'batch_size'?"
 
 
 def test_missing_value():
-    assert refusal("--lr") == "--lr: its value is missing (for example --lr=0.01)"
-    assert "--lr: its value is missing" in refusal("--lr", "--batch_size=2")
-
-
-def test_stray_argument():
-    assert "unexpected argument '32'" in refusal("--batch_size=2", "32")
-    assert "unexpected argument '-lr=1'" in refusal("-lr=1")
+    assert refusal("--lr") == "command line: lr has no value, expected float, as in --lr=0.01"
+    assert read("--out_dir=").out_dir == ""
+    for key in ("out_dir", "channel_mults", "empty"):
+        assert f"{key} has no value" in refusal(f"--{key}", "--batch_size=2")
 
 
 def test_missing_config_file_lists_those_there_are(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "__file__", str(tmp_path / "__init__.py"))
     for name in ("__init__.py", "video.py", "mnist.py"):
         (tmp_path / name).touch()
-    message = "no config file config/mnits.py; there are: config/mnist.py, config/video.py"
-    assert refusal("config/mnits.py") == message
+    for argument in ("config/mnits.py", "32", "-lr=1"):
+        start = f"no config file {argument!r}; there are: config/mnist.py, config/video.py (settings are"
+        assert refusal("--batch_size=2", argument).startswith(start)
 
 
 @pytest.mark.parametrize(("text", "line", "reason"), [
@@ -264,14 +193,14 @@ def test_missing_config_file_lists_those_there_are(tmp_path, monkeypatch):
 ])
 def test_broken_config_file(config_file, text, line, reason):
     path = config_file(text)
-    assert refusal(path).startswith(f"{path}, line {line}: {reason}")
+    assert refusal(path) == f"{path}, line {line}: {reason}"
 
 
 # The whole, as a user meets it.
 
 
 def test_help_lists_every_setting_with_default_and_comment(script):
-    process = script("--help")
+    process = script("--nope=1 --help")
     assert (process.returncode, process.stderr) == (0, "")
     assert process.stdout == """\
 A script for tests.
@@ -284,41 +213,24 @@ data
   --channel_mults=1,2  widths
 
 optimizer
-  --betas=0.9,0.99     Adam's two
+  --resolutions=
   --compile=False      torch.compile
 """
 
 
-def test_help_wins_over_mistakes(script):
-    assert script("-h --nope=1").returncode == 0
-
-
-def test_help_of_settings_without_comment_or_heading(tmp_path):
-    path = tmp_path / "bare.py"
-    path.write_text("lr = 1\nnote = 'two words'\n")
-    lines = help_text(str(path), {"lr": 1, "note": "two words"}).splitlines()
-    assert lines[-2:] == ["  --lr=1", "  --note='two words'"]
-
-
-def test_settings_reach_main(script):
-    process = script("--batch_size 32 --compile --out_dir=x.gif")
-    assert (process.returncode, process.stdout.split()) == (0, ["32", "x.gif", "True"])
-
-
-@pytest.mark.parametrize(("argument", "code", "message"), [
-    ("--batchsize=2", 1, "error: --batchsize: unknown setting 'batchsize' (did you mean 'batch_size'?)\n"),
-    ("--out_dir=missing", 1, "error: no such folder\n"),
-    ("--out_dir=interrupt", 130, ""),
+@pytest.mark.parametrize(("arguments", "code", "stdout", "stderr"), [
+    ("--batch_size 32 --compile --out_dir=x.gif", 0, "32 x.gif True\n\n", ""),
+    ("--batchsize=2", 1, "", "error: command line: unknown setting 'batchsize'; did you mean 'batch_size'?\n"),
+    ("--out_dir=missing", 1, "", "error: no such folder\n"),
+    ("--out_dir=interrupt", 130, "", ""),
 ])
-def test_errors_are_one_line_and_an_exit_code(script, argument, code, message):
-    process = script(argument)
-    assert (process.returncode, process.stderr, process.stdout) == (code, message, "")
+def test_a_script_run(script, arguments, code, stdout, stderr):
+    process = script(arguments)
+    assert (process.returncode, process.stdout, process.stderr) == (code, stdout, stderr)
 
 
 def test_defects_keep_their_traceback(script):
-    process = script("--out_dir=defect")
-    assert process.returncode == 1
-    assert process.stderr.startswith("Traceback")
+    assert script("--out_dir=defect").stderr.startswith("Traceback")
 
 
 def test_closed_pipe_is_quiet(script):

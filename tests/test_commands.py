@@ -1,0 +1,350 @@
+"""The scripts as one runs them: files they leave, what they say, exit codes, and mistakes in one line."""
+
+import importlib
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_train import TINY, flags, load, write_digits
+
+import model
+from config import read_settings
+from data import open_source
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFLINE = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}  # refuses at once
+
+SHORT = TINY | {"max_steps": 4, "checkpoint_interval": 2, "eval_interval": 4, "picture_frames": 3}
+ROLLOUT = {"frames": 6, "samples": 3, "context": 2, "steps": 2, "scale": 2, "fps": 5, "device": "cpu"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Helpers: a command in a process of its own, and, to save the seconds that importing torch takes, in this one
+
+
+def start(folder, script, *arguments):
+    """`python script ...` in `folder`, where nothing can be downloaded."""
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=folder, text=True,
+                            env=os.environ | OFFLINE | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    return SimpleNamespace(code=process.returncode, out=out, err=err)
+
+
+def signal_when_training(process, number, folder):
+    """Sends the signal when the second step is in the log."""
+    log, began = folder / "log.jsonl", time.monotonic()
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
+        if time.monotonic() > began + 300:
+            process.kill()
+        time.sleep(0.05)
+    process.send_signal(number)
+
+
+@pytest.fixture
+def command(capfd, monkeypatch):
+    """Runs a script as `python script ...` would in `folder`, in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(folder, script, *arguments):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        capfd.readouterr()
+        code, message = 0, ""
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as ended:  # with text: Python prints it and exits with 1
+            code, message = (1, f"{ended.code}\n") if isinstance(ended.code, str) else (ended.code or 0, "")
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err + message)
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A folder in which commands were run, two at a time as each takes seconds to start: `python train.py
+    config/mnist.py`, shortened, then `python sample.py`, one run interrupted and one, without data, terminated.
+    (folder, {name: what came of the command})."""
+    folder = tmp_path_factory.mktemp("workshop")
+    digits = write_digits(folder / "digits")
+    endless = TINY | {"max_steps": 10**6}
+    runs = {
+        "train": start(folder, "train.py", ROOT / "config" / "mnist.py", *flags(SHORT | {"data_dir": digits})),
+        "SIGINT": start(folder, "train.py", *flags(endless | {"data_dir": digits, "out_dir": "SIGINT"})),
+    }
+    signal_when_training(runs["SIGINT"], signal.SIGINT, folder / "SIGINT")
+    ended = {name: finish(process) for name, process in runs.items()}
+    runs = {
+        "SIGTERM": start(folder, "train.py", *flags(endless | {"data_dir": "nothing", "out_dir": "SIGTERM"})),
+        "sample": start(folder, "sample.py", "--out=rollout.gif", *flags(ROLLOUT)),
+    }
+    ended["sample"] = finish(runs["sample"])
+    signal_when_training(runs["SIGTERM"], signal.SIGTERM, folder / "SIGTERM")
+    return folder, ended | {"SIGTERM": finish(runs["SIGTERM"])}
+
+
+@pytest.fixture
+def sampled(command, workshop, tmp_path):
+    """Runs sample.py on the trained checkpoint; returns what it said and the path of what it wrote."""
+
+    def run(name, **changes):
+        changes = {"checkpoint": workshop[0] / "out/mnist/checkpoint.pt", "out": tmp_path / name} | changes
+        done = command(workshop[0], "sample.py", *flags(ROLLOUT | changes))
+        assert done.code == 0, done.err
+        return done.out, tmp_path / name
+
+    return run
+
+
+def assert_refused(done, *named):
+    """Exit code 1 and one line on stderr, which names what is wrong."""
+    assert done.code == 1
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1 and done.err.endswith("\n")
+    for part in named:
+        assert part in done.err
+
+
+# ------------------------------------------------------------------------------------------------
+# Train, then sample
+
+
+def test_training_leaves_a_checkpoint_a_log_a_picture_and_snapshots(workshop):
+    folder, ended = workshop
+    done, out = ended["train"], folder / "out/mnist"
+    assert done.code == 0, done.err
+    assert "done at step 4: out/mnist/checkpoint.pt" in done.out
+    assert "step 4: denoising error" in done.out
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "log.jsonl", "rollout-00000004.png",
+                                                    "ema-00000002.pt", "ema-00000004.pt"}
+    assert load(out)["step"] == 4
+
+
+def test_sampling_finds_the_checkpoint_and_writes_the_gif(workshop):
+    folder, ended = workshop
+    done = ended["sample"]
+    assert done.code == 0, done.err
+    assert "out/mnist/checkpoint.pt, step 4" in done.out
+    assert "rollout.gif: 3 samples of 6 frames, the first 2 given" in done.out
+    with Image.open(folder / "rollout.gif") as gif:
+        assert gif.format == "GIF" and gif.n_frames == 6 and gif.info["loop"] == 0
+        cell = 16 * 2 + 2  # pixels, and a border of one on either side
+        assert gif.size == (3 * cell, cell)
+        for frame in range(6):
+            gif.seek(frame)
+            assert gif.info["duration"] == 200
+            red, green, blue = gif.convert("RGB").getpixel((0, 0))
+            assert (red > 200 and blue < 50) if frame < 2 else (red == green == blue)  # given frames stand out
+    assert not list(folder.glob("*.part")) + list(folder.glob(".*.part"))
+
+
+def test_the_newest_checkpoint_is_taken(command, workshop, tmp_path):
+    for name, age in (("old", 200), ("new", 100), ("older", 300)):
+        shutil.copytree(workshop[0] / "out/mnist", tmp_path / "out" / name)
+        then = time.time() - age
+        os.utime(tmp_path / "out" / name / "checkpoint.pt", (then, then))
+    done = command(tmp_path, "sample.py", *flags(ROLLOUT | {"frames": 2, "out": "made/a.npy"}))
+    assert done.code == 0 and "\nout/new/checkpoint.pt, step 4" in "\n" + done.out, done.err
+    assert (tmp_path / "made/a.npy").exists()
+
+
+@pytest.mark.parametrize("extension", ["gif", "png", "npy"])
+def test_the_same_command_makes_the_same_file_and_another_seed_another(sampled, extension):
+    files = [sampled(f"{i}.{extension}", seed=seed, churn=5.0)[1].read_bytes() for i, seed in enumerate((3, 3, 4))]
+    assert files[0] == files[1] != files[2]
+
+
+def test_the_given_frames_are_those_of_the_data(sampled, workshop):
+    made = np.load(sampled("a.npy", samples=2, first_clip=7, context=5)[1])
+    assert made.shape == (2, 6, 16, 16, 1) and made.dtype == np.uint8
+    settings = SimpleNamespace(**load(workshop[0] / "out/mnist")["settings"] | {"frames": 6})
+    val = open_source(settings, "val")
+    for sample, clip in zip(made, (7, 8), strict=True):
+        frames = val.clip(clip)[0].transpose(0, 2, 3, 1)
+        np.testing.assert_array_equal(sample[:5], frames[:5])
+        assert (sample[5] != frames[5]).any()
+    train = np.load(sampled("b.npy", samples=2, first_clip=7, context=5, split="train")[1])
+    np.testing.assert_array_equal(train[0, :5], open_source(settings, "train").clip(7)[0][:5].transpose(0, 2, 3, 1))
+
+
+def test_a_contact_sheet_has_a_row_per_sample_and_a_column_per_frame(sampled):
+    videos = np.load(sampled("a.npy")[1])
+    with Image.open(sampled("a.png")[1]) as picture:
+        sheet = np.asarray(picture)
+    cell = 16 * 2 + 2
+    assert sheet.shape == (3 * cell, 6 * cell, 3)
+    for row in range(3):
+        for column in range(6):
+            framed = sheet[row * cell:(row + 1) * cell, column * cell:(column + 1) * cell]
+            for shift in (1, 2):  # every pixel is two wide and high
+                inside = framed[shift:-1:2, shift:-1:2]
+                np.testing.assert_array_equal(inside, videos[row, column].repeat(3, axis=-1))
+
+
+def test_a_longer_rollout_begins_like_a_shorter_one(sampled):
+    short, long = (np.load(sampled(f"{n}.npy", frames=n)[1]) for n in (4, 7))
+    np.testing.assert_array_equal(long[:, :4], short)
+
+
+def test_a_rollout_can_start_from_nothing(sampled):
+    out, path = sampled("a.npy", context=0, frames=2)
+    assert "the first 0 given" in out
+    made = np.load(path)
+    assert made.shape == (3, 2, 16, 16, 1)
+    assert (made[0, 0] != made[1, 0]).any() and (made[0, 0] != made[0, 1]).any()
+
+
+def test_raw_averaged_and_rebuilt_weights_all_sample(sampled):
+    made = {ema: sampled(f"{ema}.npy", ema=ema) for ema in (0, 0.05, 0.1, 0.08)}
+    assert "raw weights" in made[0][0] and "averaged over 0.08" in made[0.08][0]
+    videos = [np.load(path) for _, path in made.values()]
+    for i, video in enumerate(videos):
+        assert all((video != other).any() for other in videos[:i])
+
+
+def test_a_width_that_was_not_tracked_needs_snapshots(command, workshop, tmp_path):
+    shutil.copy(workshop[0] / "out/mnist/checkpoint.pt", tmp_path)
+    checkpoint = {"checkpoint": tmp_path / "checkpoint.pt", "out": "a.npy", "frames": 2}
+    assert_refused(command(tmp_path, "sample.py", *flags(ROLLOUT | checkpoint | {"ema": 0.08})), "--ema=0.08", "ema-*.pt")
+    assert command(tmp_path, "sample.py", *flags(ROLLOUT | checkpoint | {"ema": 0.1})).code == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_data_py_says_where_its_digits_come_from(command, workshop, monkeypatch):
+    def refused(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", refused)
+    digits = workshop[0] / "digits"
+    done = command(workshop[0], "data.py", f"--data_dir={digits}")
+    assert done.code == 0, done.err
+    assert "not downloaded" in done.out and "no network" in done.out
+    path = re.escape(str(digits / "t10k-images-idx3-ubyte"))
+    assert re.search(rf"^train: 36 digits, mean 0\.\d+, std 0\.\d+ \(MNIST, .*{path}\)$", done.out, re.M)
+    assert re.search(rf"^val: 4 digits, mean 0\.\d+, std 0\.\d+ \(MNIST, .*{path}\)$", done.out, re.M)
+
+
+def test_without_data_or_network_training_starts_with_font_digits_and_says_so_once(workshop):
+    folder, ended = workshop
+    done = ended["SIGTERM"]
+    said = [line for line in done.out.splitlines() if "could not be downloaded" in line]
+    assert len(said) == 1 and "font" in said[0] and "nothing" in said[0]
+    entries = [json.loads(line) for line in (folder / "SIGTERM/log.jsonl").read_text().splitlines()]
+    assert "font" in entries[0]["origin"] and entries[0]["origin"] in done.out
+    assert entries[1]["loss"] > 0
+    assert load(folder / "SIGTERM")["origin"] == entries[0]["origin"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Interruptions
+
+
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interrupted_run_saves_and_can_be_sampled(command, workshop, tmp_path, name, code):
+    folder, ended = workshop
+    done = ended[name]
+    assert done.code == code
+    assert "Traceback" not in done.err
+    step = load(folder / name)["step"]
+    assert step >= 2 and f"stopped at step {step}: {name}/checkpoint.pt" in done.out
+    assert json.loads((folder / name / "log.jsonl").read_text().splitlines()[-1])["step"] == step
+    path = folder / name / "checkpoint.pt"
+    done = command(tmp_path, "sample.py", *flags(ROLLOUT | {"checkpoint": path, "frames": 3, "out": "a.gif"}))
+    assert done.code == 0, done.err
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 3
+
+
+# ------------------------------------------------------------------------------------------------
+# --help and mistakes
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "data.py"])
+def test_help_describes_every_setting(command, tmp_path, script):
+    done = command(tmp_path, script, "--help")
+    assert done.code == 0 and "usage: python" in done.out
+    described = dict(re.findall(r"^  --(\w+)=(?:.*?)  +(\S.*)$", done.out, re.M))
+    module = importlib.import_module(script.removesuffix(".py"))
+    assert set(described) == set(vars(read_settings(vars(module), [])))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
+    done = finish(start(tmp_path, "sample.py"))
+    assert_refused(done, "no checkpoint under out/", "train.py")
+    assert done.out == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("line, named", [
+    ("sample.py", ["no checkpoint under out/"]),
+    ("sample.py --checkpoint=gone.pt", ["gone.pt"]),
+    ("sample.py --checkpiont=a.pt", ["checkpiont", "did you mean 'checkpoint'"]),
+    ("sample.py --frames=many", ["frames", "many"]),
+    ("sample.py --frames=0", ["--frames=0"]),
+    ("sample.py --samples=0", ["--samples=0"]),
+    ("sample.py --context=-1", ["--context=-1"]),
+    ("sample.py --steps=0", ["--steps=0"]),
+    ("sample.py --frames=4 --context=5", ["--context=5", "--frames=4"]),
+    ("train.py --batchsize=3", ["batchsize", "did you mean 'batch_size'"]),
+    ("train.py --batch_size=", ["batch_size", "int"]),
+    ("train.py config/nothing.py", ["config/nothing.py"]),
+    ("train.py batch_size=3", ["batch_size=3", "--key=value"]),
+    ("train.py --dataset=video --data_dir=nowhere", ["nowhere"]),
+    ("data.py --datadir=x", ["datadir", "did you mean 'data_dir'"]),
+])
+def test_mistakes_are_named(command, tmp_path, line, named):
+    done = command(tmp_path, *line.split())
+    assert_refused(done, *named)
+    assert not (tmp_path / "rollout.gif").exists()
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"split": "test"}, ["split", "test"]),
+    ({"device": "abacus"}, ["abacus"]),
+    ({"seed": -1}, ["seed"]),
+    ({"first_clip": -1}, ["first_clip"]),
+    ({"ema": -1}, ["--ema=-1"]),
+    ({"sigma_min": 0}, ["sigma_min"]),
+    ({"rho": 0}, ["rho"]),
+], ids=lambda value: " ".join(value))
+def test_mistakes_that_need_a_checkpoint_to_show_are_named(command, workshop, tmp_path, changes, named):
+    path = workshop[0] / "out/mnist/checkpoint.pt"
+    done = command(tmp_path, "sample.py", *flags(ROLLOUT | {"checkpoint": path} | changes))
+    assert_refused(done, *named)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_extension_is_refused_before_anything_is_sampled(command, workshop, tmp_path, monkeypatch):
+    def sampled_first(*_):
+        raise AssertionError("the mistake shows only after minutes of sampling")
+
+    monkeypatch.setattr(model.Denoiser, "step", sampled_first)
+    path = workshop[0] / "out/mnist/checkpoint.pt"
+    done = command(tmp_path, "sample.py", *flags(ROLLOUT | {"checkpoint": path, "out": "a.mp4"}))
+    assert_refused(done, "a.mp4", ".gif", ".png", ".npy")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "not a checkpoint"])
+def test_a_file_that_is_no_checkpoint_is_named(command, tmp_path, content):
+    (tmp_path / "a.pt").write_text(content)
+    assert_refused(command(tmp_path, "sample.py", "--checkpoint=a.pt"), "a.pt")

@@ -1,0 +1,890 @@
+"""The network, proved by equalities: what may depend on what, in one pass as frame by frame, at which magnitude.
+
+`visible` is the contract written out once more; everything about the time axis is tested against it.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import model as m
+from model import Cache, Denoiser, ModelConfig
+
+CLEAN = 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Helpers. What they know of the network's inside (layers, layout, hooks) is known here only.
+
+
+def network(seed=0, **changes):
+    """A small Denoiser, all gains random: at initialisation they are zero and would hide most of the network."""
+    torch.manual_seed(seed)
+    settings = {
+        "frame_shape": (1, 8, 8), "patch_size": 1, "channels": 16, "channel_mults": (1, 2), "head_dim": 16,
+        "video_attn_resolutions": (4,), "frame_attn_resolutions": (8,), "window": 3, "temporal_kernel": 2,
+        "sigma_data": 0.8,
+    }
+    denoiser = Denoiser(ModelConfig(**settings | changes)).eval().requires_grad_(False)
+    gains = {name: p for name, p in denoiser.named_parameters() if name.endswith("gain")}
+    assert "unet.head_gain" in gains and len(gains) > 3
+    for gain in gains.values():
+        gain.uniform_(0.5, 1.5)
+    return denoiser
+
+
+def training_inputs(denoiser, copies=1, frames=6, b=2, seed=1):
+    """x b s t c h w (copy 0 clean), sigma b s t and, where the model takes them, actions b t."""
+    g = torch.Generator().manual_seed(seed)
+    cfg = denoiser.cfg
+    clips = cfg.sigma_data * torch.randn(b, 1, frames, *cfg.frame_shape, generator=g)
+    sigma = torch.randn(b, copies, frames, generator=g).exp()
+    noise = torch.randn(b, copies, frames, *cfg.frame_shape, generator=g)
+    x = torch.cat([clips, clips + sigma[..., None, None, None] * noise], dim=1)
+    actions = torch.randint(cfg.action_dim, (b, frames), generator=g) if cfg.action_dim else None
+    return x, torch.cat([torch.zeros(b, 1, frames), sigma], dim=1), actions
+
+
+def frame_by_frame(denoiser, x, sigma, actions=None, chunks=None, cache=None):
+    """{t: D b r c h w} by incremental passes: the noised frames t, wherever a chunk of context has been read."""
+    cache = cache or Cache()
+    chunks = chunks or [1] * (x.shape[2] - 1)
+    found, t = {}, 0
+    for length in [*chunks, 0]:
+        a = None if actions is None else actions[:, t:t + 1]
+        found[t] = torch.cat([denoiser.step(x[:, s, t:t + 1], sigma[:, s, t:t + 1], cache, a)
+                              for s in range(1, x.shape[1])], dim=1)
+        if length:
+            a = None if actions is None else actions[:, t:t + length]
+            denoiser.step(x[:, 0, t:t + length], sigma[:, 0, t:t + length], cache, a, commit=True)
+            t += length
+    return found
+
+
+def features(denoiser, x, sigma, actions=None):
+    """[(clean b t .., noised b r t ..)] of every block in a training pass; clean is None where it was dropped."""
+    outputs = []
+    blocks = [module for module in denoiser.modules() if isinstance(module, (m.EncoderBlock, m.DecoderBlock))]
+    hooks = [block.register_forward_hook(lambda _, __, out: outputs.append(out)) for block in blocks]
+    denoiser(x, sigma, actions)
+    for hook in hooks:
+        hook.remove()
+    assert len(outputs) == len(blocks) > 4
+    b, s, t = x.shape[:3]
+    split = []
+    for out in outputs:
+        copies = len(out) // (b * t)
+        assert copies in (s, s - 1) and len(out) == b * t * copies, f"{len(out)} rows for {b} x {s} x {t} frames"
+        out = out.unflatten(0, (b, copies, t))
+        split.append((out[:, 0], out[:, 1:]) if copies == s else (None, out))
+    assert split[0][0] is not None
+    return split
+
+
+def attention(window, channels=16):
+    return m.Attention(channels, 16, window)
+
+
+def causal_conv(kernel, channels=16):
+    return m.CausalConv(channels, channels, kernel)
+
+
+def through(layer, x, scale=None):
+    """A layer that mixes time, over x: b s t c h w, without a cache; `scale` is the causal convolution's."""
+    b, s, t = x.shape[:3]
+    seq = m.Sequence(s, t)
+    if isinstance(layer, m.Attention):
+        out = layer(x.flatten(0, 2), seq)
+    else:
+        scale = torch.ones(b, s, t, len(layer.weight)) if scale is None else scale
+        out = layer(x.flatten(0, 2), scale.flatten(0, 2), seq)
+    return out.unflatten(0, (b, s, t))
+
+
+def visible(s, t, reach):
+    """The contract: the frames (copy, frame) that a layer reaching over `reach` frames may show frame (s, t)."""
+    before = {(CLEAN, u) for u in range(t) if t - u < reach}
+    return before | {(s, t)}
+
+
+def attention_inputs(s, t, p, heads=2, d=16, b=2, device="cpu", dtype=torch.float32):
+    """q, k, v: b s t m p d, of RMS 1 over d, as the cosine attention makes them."""
+    g = torch.Generator().manual_seed(s + 10 * t + 100 * p)
+    x = torch.randn(3, b, s, t, heads, p, d, generator=g)
+    return [part.to(device, dtype).requires_grad_() for part in m.unit_rms(x, -1)]
+
+
+def dense_attention(q, k, v, window):
+    """Softmax over the whole sequence, with a mask made from `visible`."""
+    _, s, t, _, p, d = q.shape
+    mask = torch.zeros(s, t, p, s, t, p, dtype=torch.bool)
+    for i in range(s):
+        for j in range(t):
+            for key in visible(i, j, window):
+                mask[i, j, :, key[0], key[1]] = True
+    q, k, v = (x.permute(0, 3, 1, 2, 4, 5).flatten(2, 4) for x in (q, k, v))                # b m (s t p) d
+    logits = (q @ k.mT / math.sqrt(d)).masked_fill(~mask.reshape(s * t * p, -1).to(q.device), -math.inf)
+    return (logits.softmax(-1) @ v).unflatten(2, (s, t, p)).permute(0, 2, 3, 1, 4, 5)
+
+
+def gradients(y, inputs):
+    """Of a fixed random function of y."""
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y)
+    return torch.autograd.grad((y * weight).sum(), inputs)
+
+
+def rms(x, keep=()):
+    return x.double().square().mean([dim for dim in range(x.ndim) if dim not in keep]).sqrt()
+
+
+def farthest(a, b):
+    assert a.shape == b.shape
+    return (a.double() - b.double()).abs().max().item()
+
+
+# ------------------------------------------------------------------------------------------------
+# What depends on what, in the training pass. Two passes of the same shape are compared bit by bit.
+
+
+FRAMES = 6
+
+
+@pytest.fixture(scope="module", params=[(copies, window, kernel) for copies in (1, 2) for window in (3, 8)
+                                        for kernel in (1, 2, 3)], ids=lambda p: "copies{}-window{}-kernel{}".format(*p))
+def case(request):
+    """(network, its inputs): one and two noised copies, a window within and beyond the clip, each kernel."""
+    copies, window, kernel = request.param
+    denoiser = network(window=window, temporal_kernel=kernel, action_dim=4)
+    return denoiser, training_inputs(denoiser, copies, FRAMES)
+
+
+def changed_by(case, change):
+    """The noised frames {(copy, frame)} of clip 0 whose outputs are not bitwise what they were before `change`
+    altered the inputs of clip 0. Clip 1's must be."""
+    denoiser, inputs = case
+    before = denoiser(*inputs)[0]
+    altered = [value.clone() for value in inputs]
+    change(*altered)
+    differs = (denoiser(*altered)[0] != before).flatten(3).any(-1)
+    assert 0.3 < rms(before) < 3
+    assert not differs[1].any(), "another clip's outputs changed"
+    return {(s + 1, t) for s, t in differs[0].nonzero().tolist()}
+
+
+def copies_of(case):
+    return range(1, case[1][0].shape[1])
+
+
+@pytest.mark.parametrize("t", range(FRAMES))
+def test_a_clean_frame_reaches_all_later_outputs_and_no_others(case, t):
+    def change(x, sigma, actions):
+        x[0, CLEAN, t] += 0.5
+    assert changed_by(case, change) == {(s, u) for s in copies_of(case) for u in range(t + 1, FRAMES)}
+
+
+@pytest.mark.parametrize("t", [0, 3, FRAMES - 1])
+def test_a_clean_frames_noise_level_reaches_all_later_outputs_and_no_others(case, t):
+    def change(x, sigma, actions):
+        sigma[0, CLEAN, t] = 0.1
+    assert changed_by(case, change) == {(s, u) for s in copies_of(case) for u in range(t + 1, FRAMES)}
+
+
+@pytest.mark.parametrize("t", [0, 2, FRAMES - 1])
+def test_a_noised_frame_reaches_its_own_output_only(case, t):
+    for s in copies_of(case):
+        def change(x, sigma, actions, s=s):
+            x[0, s, t] += 0.5
+        assert changed_by(case, change) == {(s, t)}
+
+
+@pytest.mark.parametrize("t", [0, 2, FRAMES - 1])
+def test_a_noised_frames_noise_level_reaches_its_own_output_only(case, t):
+    for s in copies_of(case):
+        def change(x, sigma, actions, s=s):
+            sigma[0, s, t] *= 2
+        assert changed_by(case, change) == {(s, t)}
+
+
+@pytest.mark.parametrize("t", range(FRAMES))
+def test_an_action_reaches_its_own_and_all_later_outputs(case, t):
+    def change(x, sigma, actions):
+        actions[0, t] = (actions[0, t] + 1) % 4
+    assert changed_by(case, change) == {(s, u) for s in copies_of(case) for u in range(t, FRAMES)}
+
+
+@pytest.mark.parametrize("t", [0, 2, 4])
+def test_clean_features_depend_on_no_later_frame_and_no_later_action(case, t):
+    denoiser, (x, sigma, actions) = case
+    before = features(denoiser, x, sigma, actions)
+    x, actions = x.clone(), actions.clone()
+    x[:, CLEAN, t] += 0.5
+    actions[:, t] = (actions[:, t] + 1) % 4
+    reached = set()
+    for (old, _), (new, _) in zip(before, features(denoiser, x, sigma, actions), strict=True):
+        if old is not None:
+            assert torch.equal(old[:, :t], new[:, :t])
+            reached |= {u for u in range(t, FRAMES) if not torch.equal(old[:, u], new[:, u])}
+    assert {t, t + 1} <= reached
+
+
+def test_clean_features_depend_on_nothing_noised(case):
+    denoiser, (x, sigma, actions) = case
+    before = features(denoiser, x, sigma, actions)
+    x, sigma = x.clone(), sigma.clone()
+    x[:, 1:] = torch.randn(x[:, 1:].shape)
+    sigma[:, 1:] *= 3
+    for (clean, noised), (new_clean, new_noised) in zip(before, features(denoiser, x, sigma, actions), strict=True):
+        assert clean is None or torch.equal(clean, new_clean)
+        assert (noised != new_noised).flatten(3).any(-1).all()
+
+
+@pytest.mark.parametrize("reach", [1, 2, 3, 5])
+@pytest.mark.parametrize("make", [attention, causal_conv])
+def test_a_single_layer_reads_exactly_what_the_contract_allows(make, reach):
+    torch.manual_seed(0)
+    layer, (s, t) = make(reach), (3, 5)
+    x = torch.randn(1, s, t, 16, 2, 2, requires_grad=True)
+    y = through(layer, x)
+    for i in range(s):
+        for j in range(t):
+            gradient, = torch.autograd.grad((y[0, i, j] * torch.randn(16, 2, 2)).sum(), x, retain_graph=True)
+            reads = {tuple(at) for at in gradient[0].flatten(2).abs().sum(-1).nonzero().tolist()}
+            assert reads == visible(i, j, reach), f"frame {j} of copy {i}"
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7])
+def test_sees_is_the_contract_on_numbers_and_on_tensors(window):
+    s, t = 3, 6
+    frames = [(i, j) for i in range(s) for j in range(t)]
+    expected = torch.tensor([[key in visible(*query, window) for key in frames] for query in frames])
+    assert [[bool(m.sees(*query, *key, window)) for key in frames] for query in frames] == expected.tolist()
+    at = torch.tensor(frames)
+    q, k = at[:, None], at[None]
+    assert torch.equal(m.sees(q[..., 0], q[..., 1], k[..., 0], k[..., 1], window), expected)
+
+
+def test_repeating_the_clip_as_another_copy_repeats_its_outputs():
+    denoiser = network()
+    x, sigma, _ = training_inputs(denoiser)
+    once = denoiser(x, sigma)[0]
+    twice = denoiser(torch.cat([x, x[:, 1:]], 1), torch.cat([sigma, sigma[:, 1:]], 1))[0]
+    assert farthest(twice[:, 0], twice[:, 1]) < 1e-5
+    assert farthest(twice[:, :1], once) < 1e-5
+
+
+# ------------------------------------------------------------------------------------------------
+# The training pass is the incremental pass, frame by frame.
+
+
+def assert_same_frames(found, expected, tolerance=2e-5):
+    """found: {t: b r c h w}; expected: b r t c h w, non-trivial."""
+    assert 0.3 < rms(expected) < 3
+    assert found
+    for t, frame in found.items():
+        assert farthest(frame, expected[:, :, t]) < tolerance, f"frame {t}"
+
+
+@pytest.mark.parametrize("copies, action_dim", [(1, 0), (2, 3)])
+@pytest.mark.parametrize("window", [1, 2, 3, 4])
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+def test_the_training_pass_is_the_incremental_pass_beyond_two_windows(kernel, window, copies, action_dim):
+    denoiser = network(temporal_kernel=kernel, window=window, action_dim=action_dim)
+    inputs = training_inputs(denoiser, copies, frames=2 * window + 3)
+    found = frame_by_frame(denoiser, *inputs)
+    assert len(found) == 2 * window + 3
+    assert_same_frames(found, denoiser(*inputs)[0])
+
+
+@pytest.mark.parametrize("changes", [
+    {"frame_shape": (2, 8, 12), "patch_size": 2, "channel_mults": (1, 2), "video_attn_resolutions": (2, 4),
+     "frame_attn_resolutions": ()},
+    {"channel_mults": (1,), "video_attn_resolutions": (8,), "frame_attn_resolutions": (), "blocks_per_level": 2},
+    {"video_attn_resolutions": (), "temporal_kernel": 4},
+    {"channel_mults": (1, 2, 2), "video_attn_resolutions": (4, 2), "head_dim": 8, "temporal_kernel": 3},
+], ids=["oblong-patches", "one-level", "convolutions-only", "three-levels"])
+def test_the_training_pass_is_the_incremental_pass_for_other_networks(changes):
+    denoiser = network(**changes)
+    inputs = training_inputs(denoiser, 2, frames=8)
+    assert_same_frames(frame_by_frame(denoiser, *inputs), denoiser(*inputs)[0])
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+@pytest.mark.parametrize("chunks", [[9], [1, 8], [2, 1, 3, 3], [4, 4], [7, 1, 1]], ids=str)
+def test_the_context_may_be_read_in_chunks_of_any_length(chunks, kernel):
+    denoiser = network(window=3, temporal_kernel=kernel, action_dim=2)
+    inputs = training_inputs(denoiser, 1, frames=10)
+    assert_same_frames(frame_by_frame(denoiser, *inputs, chunks=chunks), denoiser(*inputs)[0])
+
+
+def test_a_context_with_a_noise_level_is_read_as_in_training():
+    denoiser = network()
+    x, sigma, _ = training_inputs(denoiser, frames=7)
+    plain = denoiser(x, sigma)[0]
+    sigma[:, CLEAN] = torch.rand(2, 1).expand(2, 7)
+    expected = denoiser(x, sigma)[0]
+    assert farthest(plain, expected) > 1e-2
+    assert_same_frames(frame_by_frame(denoiser, x, sigma), expected)
+
+
+def test_denoising_without_commit_leaves_no_trace():
+    denoiser = network(temporal_kernel=3)
+    x, sigma, _ = training_inputs(denoiser, frames=8)
+    expected = frame_by_frame(denoiser, x, sigma)
+    cache = Cache()
+    for t in range(8):
+        now = slice(t, t + 1)
+        for _ in range(2):                                              # again, after the garbage: bitwise the same
+            assert torch.equal(denoiser.step(x[:, 1, now], sigma[:, 1, now], cache), expected[t])
+            denoiser.step(100 * torch.randn_like(x[:, 1, now]), torch.full((2, 1), 80.0), cache)
+        assert cache.position == t
+        denoiser.step(x[:, 0, now], sigma[:, 0, now], cache, commit=True)
+
+
+def test_two_interleaved_rollouts_do_not_mix():
+    denoiser = network(temporal_kernel=3)
+    clips = [training_inputs(denoiser, frames=7, seed=seed)[:2] for seed in (1, 2)]
+    alone = [frame_by_frame(denoiser, *clip) for clip in clips]
+    caches = Cache(), Cache()
+    for t in range(7):
+        now = slice(t, t + 1)
+        for (x, sigma), cache, expected in zip(clips, caches, alone):
+            assert torch.equal(denoiser.step(x[:, 1, now], sigma[:, 1, now], cache), expected[t])
+            denoiser.step(x[:, 0, now], sigma[:, 0, now], cache, commit=True)
+    assert farthest(alone[0][6], alone[1][6]) > 0.1
+
+
+def test_a_rotation_in_time_repeats_after_a_period_exactly():
+    q = torch.randn(1, 1, 5, 2, 3, 16)
+    assert torch.equal(m.rotate(q, 7), m.rotate(q, 7 + m.ROTARY_PERIOD))
+    assert torch.equal(m.rotate(q, m.ROTARY_PERIOD - 2)[:, :, 2:], m.rotate(q, 0 - 2 + m.ROTARY_PERIOD * 3)[:, :, 2:])
+    assert farthest(m.rotate(q, 7), m.rotate(q, 8)) > 0.1
+
+
+def test_rotated_products_depend_on_the_distance_in_time_only():
+    q, k = torch.randn(2, 1, 1, 1, 1, 1, 16)
+    products = {}
+    for start in (0, 5, m.ROTARY_PERIOD - 4, m.ROTARY_PERIOD - 1, 3 * m.ROTARY_PERIOD - 2):
+        products[start] = torch.stack([(m.rotate(q, start + distance) * m.rotate(k, start)).sum()
+                                       for distance in range(8)])
+    for product in products.values():
+        assert farthest(product, products[0]) < 1e-5
+    assert products[0][0].item() == pytest.approx((q * k).sum().item(), abs=1e-5)
+    assert products[0].diff().abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("start", [1000 * 3, m.ROTARY_PERIOD - 5, 5 * m.ROTARY_PERIOD - 7], ids=str)
+def test_a_rollout_past_the_rotary_period_goes_on_as_any_other(start):
+    """Two frames a layer, nine layers that mix time: after nine frames nothing of the start is left."""
+    denoiser = network(channel_mults=(1,), video_attn_resolutions=(8,), frame_attn_resolutions=(), window=2)
+    x, sigma, _ = training_inputs(denoiser, frames=15)
+    late = Cache()
+    late.position = start
+    found = frame_by_frame(denoiser, x, sigma, cache=late)
+    assert late.position == start + 14
+    assert_same_frames({t: found[t] for t in range(9, 15)}, denoiser(x, sigma)[0])
+
+
+# ------------------------------------------------------------------------------------------------
+# Video attention: all its paths are one masked softmax.
+
+
+SHAPES = [(2, 5, 6), (3, 4, 6), (4, 5, 3), (2, 8, 16)]                  # copies, frames, positions; 2 8 16: 256
+
+
+@pytest.mark.parametrize("window", [1, 3, "all"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_frame_by_frame_is_the_dense_softmax_with_its_gradients(shape, window):
+    window = shape[1] if window == "all" else window
+    qkv = attention_inputs(*shape)
+    found, expected = m.attend_frame_by_frame(*qkv, window), dense_attention(*qkv, window)
+    assert farthest(found, expected) < 1e-5
+    assert rms(expected) > 0.1
+    for grad, expected_grad in zip(gradients(found, qkv), gradients(expected, qkv), strict=True):
+        assert farthest(grad, expected_grad) < 1e-5
+        assert rms(expected_grad) > 0.01
+
+
+@pytest.mark.parametrize("window", [1, 3, "all"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+def test_flex_attention_is_the_dense_softmax(shape, window):
+    from torch.nn.attention.flex_attention import flex_attention
+    window = shape[1] if window == "all" else window
+    qkv = attention_inputs(*shape)
+    with torch.no_grad():
+        assert farthest(m.attend_flex(*qkv, window, flex=flex_attention), dense_attention(*qkv, window)) < 1e-5
+
+
+@pytest.mark.parametrize("window", [2, 3, 4])
+@pytest.mark.parametrize("chunks", [[1] * 10, [10], [3, 5, 2]], ids=str)
+def test_cached_attention_is_the_dense_softmax_over_several_windows(chunks, window):
+    q, k, v = (x.detach() for x in attention_inputs(1, sum(chunks), p=6))
+    layer, cache, found = attention(window), Cache(), []
+    for parts in zip(*(x.split(chunks, dim=2) for x in (q, k, v)), strict=True):
+        found.append(layer.attend(*parts, m.Sequence(1, parts[0].shape[2], cache, commit=True)))
+        cache.position += parts[0].shape[2]
+    assert farthest(torch.cat(found, dim=2), dense_attention(m.rotate(q, 0), m.rotate(k, 0), v, window)) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 3e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(2, 5, 7), (3, 9, 16), (4, 7, 35), (2, 8, 16)], ids=str)
+def test_compiled_flex_attention_is_the_dense_softmax_with_its_gradients(shape, dtype, tolerance):
+    for window in (1, 3, shape[1]):
+        qkv = attention_inputs(*shape, d=32, device="cuda", dtype=dtype)
+        exact = [x.detach().float().requires_grad_() for x in qkv]
+        found, expected = m.attend_flex(*qkv, window), dense_attention(*exact, window)
+        assert rms(found - expected) < tolerance * rms(expected)
+        for grad, expected_grad in zip(gradients(found, qkv), gradients(expected, exact), strict=True):
+            for s in range(shape[0]):                                   # each copy by itself: a wrong one cannot hide
+                assert rms(grad[:, s] - expected_grad[:, s]) < tolerance * rms(expected_grad[:, s]), f"copy {s}"
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_what_the_cpu_computes():
+    denoiser = network(action_dim=3)
+    inputs = training_inputs(denoiser, 2, frames=8)
+    expected = denoiser(*inputs)[0]
+    denoiser, inputs = denoiser.cuda(), [value.cuda() for value in inputs]
+    assert_same_frames({t: frame.cpu() for t, frame in frame_by_frame(denoiser, *inputs).items()}, expected, 1e-2)
+    assert_same_frames(dict(enumerate(denoiser(*inputs)[0].cpu().unbind(2))), expected, 1e-2)
+
+
+# ------------------------------------------------------------------------------------------------
+# Magnitude.
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"temporal_kernel": 3, "blocks_per_level": 2},
+    {"frame_shape": (3, 64, 64), "channel_mults": (1, 2, 2), "patch_size": 2, "video_attn_resolutions": (16, 8)},
+], ids=["default", "kernel3-2blocks", "64x64"])
+def test_every_block_keeps_the_magnitude_at_initialisation_at_every_frame(changes):
+    torch.manual_seed(0)
+    denoiser = Denoiser(ModelConfig(**changes)).requires_grad_(False)
+    b, s, t = 4, 3, 6
+    sigma = torch.randn(b, s, t).exp()
+    sigma[:, CLEAN] = 0
+    x = (sigma ** 2 + denoiser.cfg.sigma_data ** 2).sqrt()[..., None, None, None] \
+        * torch.randn(b, s, t, *denoiser.cfg.frame_shape)
+    found = [(rms(clean, keep=[1]) if clean is not None else torch.ones(1), rms(noised, keep=[1, 2]))
+             for clean, noised in features(denoiser, x, sigma)]
+    for clean, noised in found:
+        for values in (clean, noised):
+            assert 0.8 < values.min() and values.max() < 1.25, found
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4])
+def test_a_missing_past_does_not_shrink_a_causal_convolution(kernel):
+    torch.manual_seed(0)
+    found = rms(through(causal_conv(kernel, 64), torch.randn(8, 2, 6, 64, 6, 6)), keep=[1, 2])
+    assert found.shape == (2, 6)
+    assert (found - 1).abs().max() < 0.05, found
+
+
+# ------------------------------------------------------------------------------------------------
+# One frame: the image network.
+
+
+def test_a_single_frame_is_what_a_step_with_an_empty_cache_gives():
+    denoiser = network(temporal_kernel=1)
+    x, sigma, _ = training_inputs(denoiser, frames=1)
+    expected = denoiser(x, sigma)[0]
+    assert farthest(denoiser.step(x[:, 1], sigma[:, 1], Cache()), expected[:, 0]) < 1e-6
+    x[:, CLEAN], sigma[:, CLEAN] = 3, 1                                 # there is no frame that would read it
+    assert torch.equal(denoiser(x, sigma)[0], expected)
+
+
+@pytest.mark.parametrize("kernel", [1, 2])
+def test_a_first_frame_is_processed_alike_as_clean_and_as_noised(kernel):
+    denoiser = network(temporal_kernel=kernel)
+    x, sigma, _ = training_inputs(denoiser, copies=2, frames=1)
+    x, sigma = x[:, 1:2].expand_as(x), sigma[:, 1:2].expand_as(sigma)
+    for clean, noised in features(denoiser, x, sigma):
+        assert rms(noised) > 0.3
+        assert farthest(noised[:, 0], noised[:, 1]) < 1e-6
+        assert clean is None or farthest(clean, noised[:, 0]) < 1e-6
+    found = denoiser(x, sigma)[0]
+    assert farthest(found[:, 0], found[:, 1]) < 1e-6
+
+
+def test_without_a_view_of_the_past_every_frame_is_an_image():
+    denoiser = network(temporal_kernel=1, window=1)
+    x, sigma, _ = training_inputs(denoiser, copies=2, frames=5)
+    images = denoiser(x.permute(0, 2, 1, 3, 4, 5).flatten(0, 1)[:, :, None], sigma.mT.flatten(0, 1)[:, :, None])[0]
+    assert farthest(denoiser(x, sigma)[0].transpose(1, 2).flatten(0, 1), images[:, :, 0]) < 1e-6
+
+
+# ------------------------------------------------------------------------------------------------
+# Magnitude-preserving operations: unit variance in, unit variance out, each with its defining property.
+
+
+def test_mp_silu_is_silu_at_unit_variance():
+    torch.manual_seed(0)
+    x = torch.randn(1_000_000)
+    assert rms(m.mp_silu(x)).item() == pytest.approx(1, rel=0.005)
+    assert farthest(m.mp_silu(x) / m.mp_silu(torch.ones(1)), F.silu(x) / F.silu(torch.ones(1))) < 1e-5
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_mp_sum_blends_in_proportion_t_at_unit_variance(t):
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 1_000_000)
+    y = m.mp_sum(a, b, t)
+    assert rms(y).item() == pytest.approx(1, rel=0.005)
+    part_a, part_b = (y * a).mean().item(), (y * b).mean().item()
+    assert part_b * (1 - t) == pytest.approx(part_a * t, abs=0.005)
+
+
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.7])
+@pytest.mark.parametrize("n_a, n_b", [(8, 8), (4, 32), (48, 16)])
+def test_mp_cat_weighs_both_parts_by_t_whatever_their_size(n_a, n_b, t):
+    torch.manual_seed(0)
+    a, b = torch.randn(16, n_a, 40, 40), torch.randn(16, n_b, 40, 40)
+    y = m.mp_cat(a, b, t)
+    assert y.shape[1] == n_a + n_b
+    assert rms(y).item() == pytest.approx(1, rel=0.01)
+    from_a, from_b = y[:, :n_a].norm().item(), y[:, n_a:].norm().item()     # what a random weight makes of each
+    assert from_b / from_a == pytest.approx(t / (1 - t), rel=0.01)
+    assert farthest(y[:, :n_a] / y[0, 0, 0, 0], a / a[0, 0, 0, 0]) < 1e-3
+
+
+def test_mp_cat_by_default_weighs_both_parts_alike():
+    a, b = torch.randn(1, 4, 3, 3), torch.randn(1, 8, 3, 3)
+    assert torch.equal(m.mp_cat(a, b), m.mp_cat(a, b, 0.5))
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_fourier_features_have_unit_variance_and_tell_inputs_apart(inputs):
+    torch.manual_seed(0)
+    features = m.MPFourier(1024, inputs)
+    y = features(torch.randn(1000, inputs))
+    assert y.shape == (1000, 1024)
+    assert rms(y).item() == pytest.approx(1, rel=0.01)
+    assert rms(features(torch.zeros(1, inputs))).item() == pytest.approx(1, rel=0.1)
+    for i in range(inputs):
+        step = torch.zeros(1, inputs)
+        step[0, i] = 1
+        assert abs((features(step) * features(torch.zeros(1, inputs))).mean()) < 0.15
+
+
+def test_a_linear_layer_keeps_unit_variance():
+    torch.manual_seed(0)
+    y = m.MPLinear(512, 100)(torch.randn(1000, 100))
+    assert y.shape == (1000, 512)
+    assert rms(y).item() == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (4, 4), (16, 16)], ids=str)
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_convolution_keeps_unit_variance_on_maps_of_any_size(k, size):
+    torch.manual_seed(0)
+    y = m.MPConv(256, 128, k, k)(torch.randn(64, 128, *size))
+    assert y.shape == (64, 256, *size)
+    assert rms(y).item() == pytest.approx(1, rel=0.03)
+
+
+def test_unit_rms_divides_by_the_root_mean_square():
+    x = 7 * torch.randn(3, 5, 4)
+    assert farthest(m.unit_rms(x, (1, 2)), x / rms(x, keep=[0])[:, None, None]) < 1e-5
+    assert m.unit_rms(x.bfloat16(), 1).dtype == torch.bfloat16
+    assert torch.equal(m.unit_rms(torch.zeros(2, 3), 1), torch.zeros(2, 3))
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights on the sphere.
+
+
+def weight_vectors(denoiser):
+    """The magnitude-preserving weights, name: rows x fan in."""
+    return {f"{name}.weight": module.weight.flatten(1) for name, module in denoiser.named_modules()
+            if isinstance(module, m.MPWeight)}
+
+
+def test_every_weight_is_on_the_sphere_and_comes_back_to_it():
+    denoiser = network(temporal_kernel=3, action_dim=3)
+    x, sigma, actions = training_inputs(denoiser)
+    expected = denoiser(x, sigma, actions)
+    vectors = weight_vectors(denoiser)
+    assert {name for name, p in denoiser.named_parameters() if p.ndim > 0} == set(vectors)
+    for vector in vectors.values():
+        assert (rms(vector, keep=[0]) - 1).abs().max() < 1e-5
+        vector *= torch.rand(len(vector), 1) + 0.5                      # a view: the weight itself grows
+    assert farthest(denoiser(x, sigma, actions)[0], expected[0]) > 0.01
+    denoiser.normalize_weights()
+    for found, wanted in zip(denoiser(x, sigma, actions), expected, strict=True):
+        assert farthest(found, wanted) < 1e-5
+
+
+def sphere(w):
+    return w / w.flatten(1).norm(dim=1).view(-1, *[1] * (w.ndim - 1)) * math.sqrt(w[0].numel())
+
+
+def test_projected_gradients_are_those_through_explicit_normalisation():
+    """Every linear layer, convolution and causal convolution of a network, and its gains, which are no weights."""
+    denoiser = network(temporal_kernel=3, action_dim=3).requires_grad_()
+    inputs = training_inputs(denoiser, 2)
+    vectors = weight_vectors(denoiser)
+
+    def loss(outputs):
+        return outputs[0].square().mean() + (outputs[1] + 1).square().mean()
+
+    raw = {name: p.detach().clone().requires_grad_() for name, p in denoiser.named_parameters()}
+    on_sphere = {name: sphere(p) if name in vectors else p for name, p in raw.items()}
+    loss(torch.func.functional_call(denoiser, on_sphere, inputs)).backward()
+    loss(denoiser(*inputs)).backward()
+    unprojected = {name: p.grad.clone() for name, p in denoiser.named_parameters()}
+    denoiser.project_gradients()
+    for name, p in denoiser.named_parameters():
+        size = raw[name].grad.norm()
+        assert size > 1e-6, name
+        assert (p.grad - raw[name].grad).norm() < 1e-4 * size, name
+        if name not in vectors:
+            assert torch.equal(p.grad, unprojected[name]), name
+    kinds = {type(module) for module in denoiser.modules() if isinstance(module, m.MPWeight)}
+    assert kinds == {m.MPLinear, m.MPConv, m.CausalConv}
+    assert max((unprojected[name] - p.grad).norm() / p.grad.norm() for name, p in denoiser.named_parameters()) > 0.01
+
+
+# ------------------------------------------------------------------------------------------------
+# The causal convolution, against a 3D convolution over each frame's own past.
+
+
+def plain_causal_conv(weight, x, scale):
+    """x: b s t i h w; weight o k i 3 3 (the present first); every frame after the clean frames before it, one at a
+    time, with conv3d. What of the taps is missing before the clip and beyond the edges is given back in RMS."""
+    (b, s, t, _, h, w), (o, k) = x.shape, weight.shape[:2]
+    kernel = weight.flip(1).transpose(1, 2) / math.sqrt(weight[0].numel())                  # o i k 3 3, oldest first
+    taps_inside = F.conv2d(torch.ones(1, 1, h, w), torch.ones(1, 1, 3, 3), padding=1).mean()
+    y = x.new_zeros(b, s, t, o, h, w)
+    for i in range(s):
+        for j in range(t):
+            frames = torch.cat([x[:, CLEAN, :j], x[:, i, j:j + 1]], dim=1).transpose(1, 2)
+            frames = F.pad(frames, (0, 0, 0, 0, k - 1, 0))[:, :, -k:]
+            gain = math.sqrt(k / min(j + 1, k) * 9 / taps_inside)
+            y[:, i, j] = F.conv3d(frames, kernel, padding=(0, 1, 1))[:, :, 0] * gain
+    return y * scale[..., None, None]
+
+
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4])
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_a_causal_convolution_is_a_convolution_over_each_frames_own_past(frames, kernel):
+    torch.manual_seed(0)
+    layer = m.CausalConv(6, 5, kernel)
+    x = torch.randn(2, 3, frames, 6, 4, 5, requires_grad=True)
+    scale = torch.randn(2, 3, frames, 5, requires_grad=True)
+    found, expected = through(layer, x, scale), plain_causal_conv(layer.weight, x, scale)
+    assert farthest(found, expected) < 1e-5
+    inputs = (layer.weight, x, scale)
+    for grad, expected_grad in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
+        assert farthest(grad, expected_grad) < 2e-5
+        assert rms(expected_grad) > 0.1
+
+
+# ------------------------------------------------------------------------------------------------
+# The denoiser: EDM's preconditioning, actions, log-variance, precision.
+
+
+def edm(sigma, sd):
+    """EDM Table 1, in float64."""
+    sigma = sigma.double()[..., None, None, None]
+    c_skip = sd ** 2 / (sigma ** 2 + sd ** 2)
+    c_out = sigma * sd / torch.sqrt(sd ** 2 + sigma ** 2)
+    c_in = 1 / torch.sqrt(sigma ** 2 + sd ** 2)
+    return c_skip, c_out, c_in
+
+
+def replace_network_output(denoiser, make):
+    """From here on the UNet's output is make(its input, its output)."""
+    denoiser.unet.register_forward_hook(lambda _, inputs, out: make(inputs[0], out))
+
+
+@pytest.mark.parametrize("sd", [0.5, 1.7])
+def test_the_output_is_edms_combination_of_input_and_network_output(sd):
+    denoiser = network(sigma_data=sd)
+    x, sigma, _ = training_inputs(denoiser, copies=2)
+    replace_network_output(denoiser, lambda _, out: torch.full_like(out, 3.0))
+    c_skip, c_out, _ = edm(sigma[:, 1:], sd)
+    assert farthest(denoiser(x, sigma)[0], c_skip * x[:, 1:] + c_out * 3) < 1e-5
+
+
+def test_the_network_is_given_the_scaled_frame_in_patches_and_gives_it_back_in_place():
+    denoiser = network(frame_shape=(2, 8, 12), patch_size=2, sigma_data=0.6, frame_attn_resolutions=())
+    denoiser.cfg.video_attn_resolutions = ()
+    x, sigma, _ = training_inputs(denoiser, frames=1)
+    x, sigma = x[:, 1], sigma[:, 1]
+    given = []
+    replace_network_output(denoiser, lambda folded, _: given.append(folded) or folded)
+    found = denoiser.step(x, sigma, Cache())
+    c_skip, c_out, c_in = edm(sigma, 0.6)
+    assert farthest(given[0], F.pixel_unshuffle((x * c_in)[:, 0], 2)) < 1e-5
+    assert farthest(found, c_skip * x + c_out * c_in * x) < 1e-5
+
+
+def test_the_network_is_told_a_quarter_of_the_log_noise_level_and_a_clean_frames_is_finite():
+    denoiser = network()
+    x, sigma, _ = training_inputs(denoiser)
+    told = []
+    denoiser.noise_features.register_forward_pre_hook(lambda _, inputs: told.append(inputs[0]))
+    denoiser(x, sigma)
+    expected = sigma.clamp(min=m.CLEAN_SIGMA).double().log() / 4
+    assert 0 < m.CLEAN_SIGMA < 0.01
+    assert farthest(told[0][..., 0], expected) < 1e-5
+
+
+def test_at_no_noise_a_frame_is_its_own_estimate():
+    denoiser = network()
+    x, sigma, _ = training_inputs(denoiser)
+    x = x[:, :1].repeat(1, 2, 1, 1, 1, 1)
+    sigma[:, 1:] = 1e-6
+    assert farthest(denoiser(x, sigma)[0], x[:, 1:]) < 1e-4
+    sigma[:, 1:] = 1
+    assert farthest(denoiser(x, sigma)[0], x[:, 1:]) > 0.1
+
+
+def test_under_any_noise_the_estimate_is_of_the_datas_size():
+    denoiser = network()
+    x, sigma, _ = training_inputs(denoiser)
+    sigma[:, 1:] = 1e6
+    x[:, 1:] = 1e6 * torch.randn_like(x[:, 1:])
+    assert 0.3 < rms(denoiser(x, sigma)[0]) < 3
+    denoiser.unet.head_gain.zero_()
+    expected = x[:, 1:].double() * 0.8 ** 2 / (1e12 + 0.8 ** 2)
+    assert rms(expected) < 1e-6
+    assert farthest(denoiser(x, sigma)[0], expected) < 1e-11
+
+
+def test_an_untrained_network_returns_the_frame_shrunk_by_c_skip():
+    torch.manual_seed(0)
+    denoiser = Denoiser(ModelConfig())
+    x, sigma, _ = training_inputs(denoiser)
+    assert farthest(denoiser(x, sigma)[0], edm(sigma[:, 1:], 0.5)[0] * x[:, 1:]) < 1e-6
+
+
+def test_a_discrete_action_is_a_one_hot_vector_of_unit_variance():
+    denoiser = network(action_dim=5)
+    x, sigma, actions = training_inputs(denoiser)
+    as_vectors = torch.eye(5)[actions] * math.sqrt(5)
+    assert torch.equal(denoiser(x, sigma, actions)[0], denoiser(x, sigma, as_vectors)[0])
+    assert farthest(denoiser(x, sigma, actions)[0], denoiser(x, sigma, -as_vectors)[0]) > 0.01
+
+
+def test_continuous_actions_too_are_the_same_in_both_passes():
+    denoiser = network(action_dim=2)
+    x, sigma, _ = training_inputs(denoiser, frames=7)
+    actions = torch.randn(2, 7, 2)
+    assert_same_frames(frame_by_frame(denoiser, x, sigma, actions), denoiser(x, sigma, actions)[0])
+
+
+def test_the_log_variance_depends_on_noise_level_and_position_and_nothing_else():
+    denoiser = network()
+    x, sigma, _ = training_inputs(denoiser, copies=3)
+    sigma[:, 1:] = torch.tensor([0.1, 1.0, 10.0])[:, None]
+    u = denoiser(x, sigma)[1]
+    assert u.shape == (2, 3, 6)
+    assert torch.equal(u, denoiser(x + 1, sigma)[1])
+    assert torch.equal(u[0], u[1])
+    assert (u.diff(dim=1).abs() > 1e-4).all() and (u.diff(dim=2).abs() > 1e-4).all()
+    assert torch.equal(u[..., :2], denoiser(x[:, :, :2], sigma[:, :, :2])[1])      # the position, not the length
+
+
+def test_bfloat16_computes_nearly_what_float32_computes():
+    denoiser = network(temporal_kernel=3, action_dim=3)
+    inputs = training_inputs(denoiser, 2)
+    expected = denoiser(*inputs)[0]
+    denoiser.dtype = torch.bfloat16
+    found = denoiser(*inputs)[0]
+    assert found.dtype == torch.float32 and all(p.dtype == torch.float32 for p in denoiser.parameters())
+    assert 1e-4 < rms(found - expected) / rms(expected) < 0.02
+    stepped = torch.stack(list(frame_by_frame(denoiser, *inputs).values()), dim=2)
+    assert rms(stepped - expected) / rms(expected) < 0.02
+
+
+def test_dropout_acts_in_training_only():
+    denoiser = network(dropout=0.5)
+    x, sigma, _ = training_inputs(denoiser)
+    assert torch.equal(denoiser(x, sigma)[0], denoiser(x, sigma)[0])
+    denoiser.train()
+    assert farthest(denoiser(x, sigma)[0], denoiser(x, sigma)[0]) > 0.01
+
+
+def test_a_model_is_rebuilt_from_its_settings_and_weights():
+    denoiser = network(action_dim=3, frame_shape=(2, 8, 12), patch_size=2, video_attn_resolutions=(2,),
+                       frame_attn_resolutions=(4,))
+    again = Denoiser(ModelConfig(**denoiser.settings()))
+    again.load_state_dict(denoiser.state_dict())
+    inputs = training_inputs(denoiser)
+    assert torch.equal(denoiser(*inputs)[0], again(*inputs)[0])
+
+
+# ------------------------------------------------------------------------------------------------
+# Mistakes are errors that name the expected and the given.
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(ValueError) as error:
+        call(*args, **kwargs)
+    return str(error.value)
+
+
+def assert_names(message, *parts):
+    for part in parts:
+        assert str(part) in message, message
+
+
+def test_frames_of_another_shape_are_refused():
+    denoiser = network()
+    sigma = torch.ones(2, 2, 3)
+    assert_names(refusal(denoiser, torch.zeros(2, 2, 3, 1, 8, 6), sigma), (1, 8, 8), (2, 2, 3, 1, 8, 6))
+    assert_names(refusal(denoiser, torch.zeros(2, 2, 3, 3, 8, 8), sigma), (1, 8, 8), (2, 2, 3, 3, 8, 8))
+    assert_names(refusal(denoiser.step, torch.zeros(2, 1, 1, 4, 4), sigma[:, 0, :1], Cache()), (1, 8, 8), (1, 4, 4)[1:])
+
+
+def test_a_training_pass_without_a_noised_copy_is_refused():
+    assert_names(refusal(network(), torch.zeros(2, 1, 3, 1, 8, 8), torch.ones(2, 1, 3)), "2 copies", (2, 1, 3, 1, 8, 8))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (2, 2, 4), (2, 1, 3), (2, 2, 3, 1)], ids=str)
+def test_noise_levels_of_another_shape_are_refused(shape):
+    assert_names(refusal(network(), torch.zeros(2, 2, 3, 1, 8, 8), torch.ones(shape)), "sigma", (2, 2, 3), shape)
+
+
+def test_missing_and_unexpected_actions_are_refused():
+    x, sigma, actions = torch.zeros(2, 2, 3, 1, 8, 8), torch.ones(2, 2, 3), torch.zeros(2, 3, dtype=torch.long)
+    assert_names(refusal(network(action_dim=4), x, sigma), "actions", "action_dim 4", "none")
+    assert_names(refusal(network(), x, sigma, actions), "actions", "action_dim 0", (2, 3))
+    assert_names(refusal(network(action_dim=4).step, x[:, 1, :1], sigma[:, 1, :1], Cache()), "action_dim 4", "none")
+
+
+@pytest.mark.parametrize("actions, expected", [
+    (torch.zeros(2, 4, dtype=torch.long), (2, 3)), (torch.zeros(2, 3, 4, dtype=torch.long), (2, 3)),
+    (torch.zeros(2, 3), (2, 3, 4)), (torch.zeros(2, 3, 5), (2, 3, 4)),
+], ids=["frames", "long-vectors", "no-vectors", "vector-length"])
+def test_actions_of_another_shape_are_refused(actions, expected):
+    message = refusal(network(action_dim=4), torch.zeros(2, 2, 3, 1, 8, 8), torch.ones(2, 2, 3), actions)
+    assert_names(message, "actions", f"expected {expected}", f"given {tuple(actions.shape)}")
+
+
+def test_several_noised_frames_at_once_are_refused_and_the_cache_stays_as_it_was():
+    denoiser, cache = network(), Cache()
+    assert_names(refusal(denoiser.step, torch.zeros(2, 3, 1, 8, 8), torch.ones(2, 3), cache), "3", "one at a time")
+    assert cache.position == 0
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"frame_shape": (1, 8, 10)}, ["8 x 10", "divisible by 4"]),
+    ({"frame_shape": (1, 12, 8), "channel_mults": (1, 2, 2, 2)}, ["12 x 8", "divisible by 8"]),
+    ({"video_attn_resolutions": (4, 5)}, ["5", "8, 4"]),
+    ({"frame_attn_resolutions": (16,)}, ["16", "8, 4"]),
+    ({"head_dim": 12}, ["head_dim 12", "16", "resolution 8"]),
+    ({"window": 0}, ["window 0"]),
+    ({"window": m.ROTARY_PERIOD}, [f"window {m.ROTARY_PERIOD}"]),
+    ({"temporal_kernel": 0}, ["temporal_kernel 0"]),
+], ids=str)
+def test_settings_that_cannot_work_are_refused(changes, named):
+    settings = {"frame_shape": (1, 8, 8), "patch_size": 2 if changes.get("frame_shape") == (1, 8, 10) else 1,
+                "channels": 16, "head_dim": 16, "frame_attn_resolutions": (8,)}
+    assert_names(refusal(Denoiser, ModelConfig(**settings | changes)), *named)

@@ -1,0 +1,756 @@
+"""Training: the loss, what surrounds the optimizer, evaluation, and runs that stop, go on, split up and go wrong."""
+
+import json
+import math
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from config import UserError, read_settings
+from data import Batches, load_batch, measure, open_source, to_network
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+TINY = {
+    "frame_size": 16, "digit_size": 8, "patch_size": 4, "channels": 16, "channel_mults": (1,), "head_dim": 16,
+    "video_attn_resolutions": (4,), "frames": 5, "window": 3, "batch_size": 4, "max_steps": 6, "warmup_steps": 2,
+    "log_interval": 1, "eval_interval": 0, "checkpoint_interval": 100, "eval_clips": 4, "eval_context": 2,
+    "picture_steps": 2, "device": "cpu",
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Helpers
+
+
+def write_digits(folder, n=40):
+    """An MNIST images file of n blobs, so that nothing is downloaded and nothing drawn with a font."""
+    y, x = np.mgrid[:28, :28]
+    rng = np.random.default_rng(0)
+    centres, sizes = rng.uniform(8, 20, (n, 2)), rng.uniform(3, 6, n)
+    blobs = [np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * s**2)) for (cy, cx), s in zip(centres, sizes)]
+    folder.mkdir(parents=True)
+    pixels = (255 * np.array(blobs)).astype(np.uint8).tobytes()
+    (folder / "t10k-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + pixels)
+    return folder
+
+
+def flags(settings):
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def strict_json(text):
+    """NaN and Infinity, which Python writes and reads, are not JSON."""
+
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON: {text}")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def read_log(folder):
+    return [strict_json(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def load(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def leaves(value, path=()):
+    """(path, leaf) of every leaf of nested dicts and lists, as a dict."""
+    if isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {name: leaf for key, part in items for name, leaf in leaves(part, (*path, key)).items()}
+    return {path: value}
+
+
+def assert_same(one, other):
+    """Bit for bit, whatever is nested in them; what differs is named."""
+    one, other = leaves(one), leaves(other)
+    assert one.keys() == other.keys()
+    assert any(isinstance(leaf, torch.Tensor) for leaf in one.values())
+    different = [path for path, leaf in one.items()
+                 if not (torch.equal(leaf, other[path]) if isinstance(leaf, torch.Tensor) else leaf == other[path])]
+    assert different == []
+
+
+def assert_same_run(folder, other):
+    """Two runs in different folders left the same checkpoint, the same snapshots and the same log."""
+
+    def without_folder(state):
+        return {**state, "settings": {**state["settings"], "out_dir": None}}
+
+    assert_same(without_folder(load(folder)), without_folder(load(other)))
+    snapshots = [sorted(path.name for path in run.glob("ema-*.pt")) for run in (folder, other)]
+    assert snapshots[0] == snapshots[1] != []
+    for name in snapshots[0]:
+        assert_same(*(torch.load(run / name, weights_only=True) for run in (folder, other)))
+    logs = [read_log(run) for run in (folder, other)]
+    for log in logs:
+        log[0]["settings"]["out_dir"] = None
+        for entry in log:
+            entry.pop("frames_per_second", None)
+    assert logs[0] == logs[1]
+
+
+def at_step(monkeypatch, k, act):
+    """Calls `act` once, in the middle of optimizer step k (0 is the first)."""
+    original, done = train.learning_rate, []
+
+    def learning_rate(step, cfg):
+        if step == k and not done:
+            done.append(step)
+            act()
+        return original(step, cfg)
+
+    monkeypatch.setattr(train, "learning_rate", learning_rate)
+
+
+def stop_at(monkeypatch, k, number):
+    at_step(monkeypatch, k, lambda: os.kill(os.getpid(), number))
+
+
+def build(cfg, awake=False):
+    """(model, source, stats). With `awake` the gains, which start at 0, are not: all weights have gradients."""
+    torch.manual_seed(0)
+    source = open_source(cfg, "train")
+    model = train.build_model(cfg, source, CPU)
+    if awake:
+        for parameter in model.parameters():
+            if parameter.ndim == 0:
+                parameter.data.fill_(0.5)
+    return model, source, measure(source)
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was():
+    """`main` sets signal handlers and the precision of matrix products for the whole process."""
+    numbers, precision = (signal.SIGINT, signal.SIGTERM), torch.get_float32_matmul_precision()
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+@pytest.fixture
+def tiny(tmp_path, digits):
+    """Makes the settings of a tiny run in tmp_path / `name`."""
+
+    def settings(name="run", **changes):
+        folders = {"data_dir": digits, "out_dir": tmp_path / name}
+        return read_settings(vars(train), flags(TINY | folders | changes))
+
+    return settings
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, digits):
+    """Folder of a run of 60 steps, evaluated at step 30 and at its end. Not to be written to."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    changes = {"data_dir": digits, "out_dir": folder, "batch_size": 8, "max_steps": 60, "warmup_steps": 10,
+               "log_interval": 6, "eval_interval": 30, "eval_clips": 12, "lr": 0.03}
+    train.main(read_settings(vars(train), flags(TINY | changes)))
+    return folder
+
+
+@pytest.fixture
+def half_done(tmp_path, finished):
+    """(folder, its settings): a copy of the finished run, free to be spoilt."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    settings = read_log(folder)[0]["settings"] | {"out_dir": str(folder)}
+    return folder, SimpleNamespace(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
+
+
+# ------------------------------------------------------------------------------------------------
+# A run learns, and leaves a log and pictures
+
+
+def test_training_lowers_the_loss_and_the_denoising_error(finished, tiny):
+    log = read_log(finished)
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0] - 0.4
+
+    state = load(finished)
+    cfg = SimpleNamespace(**state["settings"])
+    untrained, _, stats = build(cfg)
+    before = train.error_table(untrained, open_source(cfg, "val"), stats, cfg, CPU)
+    one = cfg.eval_sigmas.index(1.0)
+    after = [entry for entry in log if "sigmas" in entry][-1]["first_and_later_error"]
+    assert after[one][1] < 0.75 * before[one][1]
+
+
+def test_the_log_is_json_that_begins_with_the_settings_and_has_the_error_table(finished, digits):
+    first, *rest = read_log(finished)
+    assert first["step"] == 0
+    assert first["settings"]["batch_size"] == 8 and first["settings"]["data_dir"] == str(digits)
+    assert set(first["settings"]) == set(vars(read_settings(vars(train), [])))
+    assert first["origin"].startswith("MNIST") and str(digits) in first["origin"]
+    assert first["parameters"] == sum(p.numel() for p in build(SimpleNamespace(**first["settings"]))[0].parameters())
+
+    trained = [entry for entry in rest if "loss" in entry]
+    evaluated = [entry for entry in rest if "sigmas" in entry]
+    assert [entry["step"] for entry in trained] == list(range(6, 61, 6))
+    assert [entry["step"] for entry in evaluated] == [30, 60]
+    assert [entry["step"] for entry in rest] == sorted(entry["step"] for entry in rest)
+    for entry in trained:
+        assert entry["grad_norm"] > 0 and entry["frames_per_second"] > 0 and entry["lr"] > 0
+    for entry in evaluated:
+        assert entry["sigmas"] == first["settings"]["eval_sigmas"]
+        assert np.shape(entry["first_and_later_error"]) == (len(entry["sigmas"]), 2)
+        assert np.all(np.array(entry["first_and_later_error"]) > 0)
+
+
+def test_each_evaluation_leaves_a_picture(finished):
+    assert sorted(path.name for path in finished.glob("*.png")) == ["rollout-00000030.png", "rollout-00000060.png"]
+    for path in finished.glob("*.png"):
+        with Image.open(path) as picture:
+            picture.load()
+            cell = 16 * 2 + 2
+            assert picture.size == (5 * cell, 8 * cell)  # 5 frames of 4 clips, each above its rollout
+
+
+def test_evaluating_does_not_change_what_is_learned(tiny, tmp_path):
+    train.main(tiny("never", max_steps=3, dropout=0.2))
+    train.main(tiny("often", max_steps=3, dropout=0.2, eval_interval=1, picture_frames=3))
+    never, often = (load(tmp_path / name) for name in ("never", "often"))
+    for part in ("model", "optimizer", "ema"):
+        assert_same(never[part], often[part])
+
+
+# ------------------------------------------------------------------------------------------------
+# The loss
+
+
+def stub(denoised=None, u=None):
+    """A network that notes what it is given."""
+
+    def network(x, sigma, actions=None):
+        network.given = x, sigma, actions
+        return denoised(x, sigma) if callable(denoised) else denoised, u
+
+    return network
+
+
+@pytest.mark.parametrize("context_noise", [0.0, 0.3])
+def test_the_loss_is_the_formula_on_the_noised_copies(context_noise):
+    """Against plain float64 loops over b, r, t: lambda / exp(u) |D - x|^2 / (c h w) + u."""
+    b, r, t, shape = 2, 3, 4, (2, 3, 5)
+    rng = np.random.default_rng(1)
+    cfg = SimpleNamespace(P_mean=-0.7, P_std=1.3, sigma_data=0.6, context_noise=context_noise)
+    clips, denoised = rng.normal(size=(b, t, *shape)), rng.normal(size=(b, r, t, *shape))
+    u, z, eps = rng.normal(size=(b, r, t)), rng.normal(size=(b, r, t)), rng.normal(size=(b, r, t, *shape))
+    level, clean_eps = rng.uniform(size=b), rng.normal(size=(b, t, *shape))
+    noise = [z, eps] + [level, clean_eps] * (context_noise > 0)
+    network, actions = stub(torch.tensor(denoised), torch.tensor(u)), torch.zeros(b, t)
+    loss = train.loss_of(network, torch.tensor(clips), actions, [torch.tensor(part) for part in noise], cfg)
+
+    x, sigmas, passed = (part.numpy() for part in network.given)
+    total = 0.0
+    for i in range(b):
+        np.testing.assert_allclose(sigmas[i, 0], np.full(t, level[i] * context_noise))
+        np.testing.assert_allclose(x[i, 0], clips[i] + level[i] * context_noise * clean_eps[i])
+        for s in range(r):
+            for k in range(t):
+                sigma = math.exp(-0.7 + 1.3 * z[i, s, k])
+                np.testing.assert_allclose(sigmas[i, s + 1, k], sigma)
+                np.testing.assert_allclose(x[i, s + 1, k], clips[i, k] + sigma * eps[i, s, k])
+                weight = (sigma**2 + 0.6**2) / (sigma * 0.6) ** 2
+                error = ((denoised[i, s, k] - clips[i, k]) ** 2).sum() / math.prod(shape)
+                total += weight * error / math.exp(u[i, s, k]) + u[i, s, k]
+    assert loss.item() == pytest.approx(total / (b * r * t), rel=1e-12)
+    assert x.shape == (b, 1 + r, t, *shape) and passed is not None
+
+
+def noise_of(samples, seed=0, context_noise=0.1):
+    cfg = SimpleNamespace(seed=seed, context_noise=context_noise)
+    return train.draw_noise(samples, 2, (3, 1, 4, 4), cfg, CPU)
+
+
+def test_a_samples_noise_depends_on_seed_and_number_alone():
+    parts = noise_of([7, 3, 1000])
+    assert [tuple(part.shape) for part in parts] == [(3, 2, 3), (3, 2, 3, 1, 4, 4), (3,), (3, 3, 1, 4, 4)]
+    torch.manual_seed(5)
+    for part, elsewhere, alone in zip(parts, noise_of([3, 5, 9, 7]), noise_of([1000])):
+        assert torch.equal(part[0], elsewhere[3]) and torch.equal(part[1], elsewhere[0])
+        assert torch.equal(part[2], alone[0])
+    for part, without in zip(parts[:2], noise_of([7, 3, 1000], context_noise=0.0), strict=True):
+        assert torch.equal(part, without)
+
+
+def test_other_samples_seeds_and_copies_have_other_noise():
+    drawn = [noise_of([7, 8]), noise_of([7, 8], seed=1), noise_of([9, 10])]
+    for parts in zip(*drawn):
+        values = torch.cat([part.flatten() for part in parts])
+        assert len(values.unique()) == len(values)
+
+
+def test_noise_is_standard_normal_and_its_level_uniform():
+    z, eps, level, clean_eps = noise_of(range(2000))
+    for part in (z, eps, clean_eps):
+        n = part.numel()
+        assert abs(part.mean()) < 5 / math.sqrt(n)
+        assert abs(part.var() - 1) < 5 * math.sqrt(2 / n)
+    assert 0 <= level.min() < 0.01 and 0.99 < level.max() < 1 and abs(level.mean() - 0.5) < 5 * math.sqrt(1 / 12 / 2000)
+
+
+# ------------------------------------------------------------------------------------------------
+# Learning rate and averaged weights
+
+
+def test_the_learning_rate_warms_up_linearly_then_falls_linearly_to_zero():
+    cfg = SimpleNamespace(lr=0.5, warmup_steps=10, decay="linear", max_steps=1000, ref_steps=100)
+    for step in range(10):
+        assert train.learning_rate(step, cfg) == pytest.approx(0.5 * (step + 1) / 10 * (1 - step / 1000), rel=1e-12)
+    for step in (10, 250, 999):
+        assert train.learning_rate(step, cfg) == pytest.approx(0.5 * (1000 - step) / 1000, rel=1e-12)
+    assert train.learning_rate(1000, cfg) == 0
+    cfg.warmup_steps = 0
+    assert train.learning_rate(0, cfg) == 0.5
+
+
+def test_the_square_root_schedule_sets_in_at_its_reference_step():
+    cfg = SimpleNamespace(lr=0.5, warmup_steps=10, decay="sqrt", max_steps=1000, ref_steps=100)
+    assert train.learning_rate(4, cfg) == pytest.approx(0.25)
+    assert train.learning_rate(50, cfg) == train.learning_rate(100, cfg) == 0.5
+    assert train.learning_rate(400, cfg) == pytest.approx(0.25, rel=1e-12)
+    assert train.learning_rate(2500, cfg) == pytest.approx(0.1, rel=1e-12)
+
+
+def test_averages_weigh_step_t_with_the_power_function(tiny):
+    """After N steps the weights of step i count (i/N)^(gamma+1) - ((i-1)/N)^(gamma+1): t^gamma, integrated."""
+    weight = torch.nn.Linear(3, 2).double()
+    ema = train.PowerEMA(weight, (0.05, 0.2))
+    history, steps = [], 7
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            weight.weight.copy_(torch.randn(2, 3, dtype=torch.float64))
+        history.append(weight.weight.detach().clone())
+        ema.update(step)
+        if step == 1:
+            assert all(torch.equal(average["weight"], weight.weight) for average in ema.averages.values())
+    for width, average in ema.averages.items():
+        times = np.arange(steps + 1) / steps
+        shares = np.diff(times ** (train.ema_exponent(width) + 1))
+        expected = sum(share * past for share, past in zip(shares.tolist(), history))
+        torch.testing.assert_close(average["weight"], expected, rtol=0, atol=1e-12)
+
+
+def test_the_averages_follow_the_weights_of_the_step_just_taken(tiny, tmp_path):
+    train.main(tiny(max_steps=1))
+    state = load(tmp_path / "run")
+    for average in state["ema"].values():
+        assert_same(average, {name: state["model"][name] for name in average})
+
+
+class Break(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [None, Break])
+def test_averaged_weights_are_on_the_sphere_and_the_raw_ones_come_back(tiny, error):
+    model, _, _ = build(tiny(), awake=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    shrink = {name: 0.3 * torch.roll(p.detach(), 1, 0) for name, p in model.named_parameters() if p.ndim}
+    average = {name: p.detach() + 1 for name, p in model.named_parameters()} | shrink
+    try:
+        with train.averaged_weights(model, average):
+            assert not model.training
+            for name, p in model.named_parameters():
+                unit = 1 / average[name].square().mean(tuple(range(1, p.ndim)), keepdim=True).sqrt() if p.ndim else 1
+                torch.testing.assert_close(p.detach(), average[name] * unit, rtol=1e-5, atol=1e-6)
+            if error:
+                raise error
+    except Break:
+        pass
+    assert model.training
+    assert_same(model.state_dict(), before)
+
+
+# ------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@pytest.fixture
+def evaluation(tiny):
+    """(table of a stub denoiser, settings, held-out source, stats)."""
+    cfg = tiny(eval_clips=20, eval_sigmas=(0.5, 2.0, 7.0), eval_context=3)
+    source, stats = open_source(cfg, "val"), measure(open_source(cfg, "train"))
+    return lambda denoised, *ranks: train.error_table(stub(denoised), source, stats, cfg, CPU, *ranks), cfg, source, stats
+
+
+def test_a_perfect_denoiser_has_no_error_and_a_blind_one_the_variance(evaluation):
+    table, cfg, source, stats = evaluation
+    assert table(lambda x, sigma: x[:, :1].expand_as(x[:, 1:])) == [[0, 0]] * 3
+    clips = to_network(load_batch(source, range(20))[0], stats, cfg.sigma_data).double()
+    blind = table(lambda x, sigma: torch.zeros_like(x[:, 1:]))
+    variance = clips.square().mean((0, 2, 3, 4)) / cfg.sigma_data**2
+    for first, later in blind:
+        assert first == pytest.approx(variance[0].item(), rel=1e-5)
+        assert later == pytest.approx(variance[3:].mean().item(), rel=1e-5)
+        assert 0.7 < later < 1.3  # of digits that the statistics were not measured on
+
+
+def test_the_columns_are_the_first_frame_and_those_with_enough_context(evaluation):
+    """With a denoiser that is off by sigma * (1 + t), each entry says which frames and noise level it is of."""
+    table, cfg, _, _ = evaluation
+
+    def off(x, sigma):
+        return x[:, :1] + (sigma[:, 1:] * (1 + torch.arange(x.shape[2])))[..., None, None, None]
+
+    for (first, later), sigma in zip(table(off), (0.5, 2.0, 7.0), strict=True):
+        assert first == pytest.approx((sigma / cfg.sigma_data) ** 2, rel=1e-5)
+        assert later == pytest.approx((sigma / cfg.sigma_data) ** 2 * (4**2 + 5**2) / 2, rel=1e-5)
+
+
+def test_the_noised_frames_have_the_noise_they_are_said_to_have(evaluation):
+    table, cfg, _, _ = evaluation
+    for (first, later), sigma in zip(table(lambda x, sigma: x[:, 1:]), (0.5, 2.0, 7.0), strict=True):
+        n = 20 * 16 * 16  # values of the first frames
+        for error in (first, later):
+            assert error / (sigma / cfg.sigma_data) ** 2 == pytest.approx(1, abs=5 * math.sqrt(2 / n))
+
+
+def test_the_table_does_not_depend_on_how_many_processes_share_the_clips(evaluation, monkeypatch):
+    table, _, _, _ = evaluation
+    alone = table(lambda x, sigma: 0.5 * x[:, 1:])
+    parts = []
+    monkeypatch.setattr(train, "sum_over_ranks", lambda x: parts.append(x.clone()) or x)
+    table(lambda x, sigma: 0.5 * x[:, 1:], 1, 2)
+    assert len(parts) == 2 and 0 < parts[1].item() < 20  # clips of rank 1
+    monkeypatch.setattr(train, "sum_over_ranks", lambda x: x + parts.pop(0))
+    np.testing.assert_allclose(table(lambda x, sigma: 0.5 * x[:, 1:], 0, 2), alone, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# Micro-batches and processes: however the batch is split up, the step is the same
+
+
+def first_gradients(cfg, accumulate):
+    """(gradients of the first step, its loss) of a network in which every weight matters."""
+    cfg.accumulate = accumulate
+    model, source, stats = build(cfg, awake=True)
+    with Batches(source, cfg.batch_size, CPU, accumulate=accumulate) as batches:
+        loss = train.gradients(model, batches, cfg, stats, CPU)
+    return {name: p.grad for name, p in model.named_parameters()}, loss.item()
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_give_the_gradients_of_the_whole_batch(tiny, accumulate):
+    cfg = tiny(context_noise=0.2, noised_copies=2)
+    whole, loss = first_gradients(cfg, 1)
+    parts, same_loss = first_gradients(cfg, accumulate)
+    assert same_loss == pytest.approx(loss, rel=1e-6)
+    for name, gradient in whole.items():
+        assert gradient.norm() > 0, name
+        assert (parts[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+def test_gradients_are_exchanged_in_the_last_micro_batch_only(tiny, monkeypatch):
+    cfg, events = tiny(accumulate=4), []
+    model, source, stats = build(cfg)
+
+    @contextmanager
+    def no_sync():
+        events.append("alone")
+        yield
+        events.append("end")
+
+    class Replica(torch.nn.Module):
+        def forward(self, *inputs):
+            events.append("pass")
+            return model(*inputs)
+
+    network = Replica()
+    network.no_sync = no_sync
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    with Batches(source, cfg.batch_size, CPU, accumulate=4) as batches:
+        train.gradients(network, batches, cfg, stats, CPU)
+    assert events == ["alone", "pass", "end"] * 3 + ["pass"]
+
+
+def weights_moved(one, other):
+    """Largest distance of a weight between two checkpoints' networks."""
+    return max((value - other["model"][name]).abs().max().item() for name, value in one["model"].items())
+
+
+@pytest.fixture
+def whole_batch(tiny, tmp_path):
+    """(untrained weights, checkpoint, log) of three steps in one process, one pass each."""
+    cfg = tiny("whole", batch_size=8, max_steps=3, eval_interval=3, eval_clips=10, picture_frames=3)
+    train.main(cfg)
+    torch.manual_seed(cfg.seed)
+    start = {"model": train.build_model(cfg, open_source(cfg, "train"), CPU).state_dict()}
+    return start, load(tmp_path / "whole"), read_log(tmp_path / "whole")
+
+
+def assert_close_runs(folder, whole_batch):
+    """The same up to rounding: Adam makes a full step of a gradient that is all rounding, so a single weight
+    may differ more than its gradient did, but by little of the way that it went."""
+    start, state, log = whole_batch
+    assert weights_moved(start, state) > 0.02
+    assert weights_moved(load(folder), state) < 1e-4
+    for entry, expected in zip(read_log(folder)[1:], log[1:], strict=True):
+        assert entry.keys() == expected.keys()
+        for key in entry.keys() & {"loss", "grad_norm", "first_and_later_error"}:
+            np.testing.assert_allclose(entry[key], expected[key], rtol=1e-5, err_msg=f"{key}, step {entry['step']}")
+
+
+def test_a_run_in_micro_batches_is_the_same_run(tiny, tmp_path, whole_batch):
+    train.main(tiny("parts", batch_size=8, accumulate=4, max_steps=3, eval_interval=3, eval_clips=10, picture_frames=3))
+    assert_close_runs(tmp_path / "parts", whole_batch)
+
+
+def test_two_processes_are_one_with_the_joint_batch(tmp_path, digits, whole_batch):
+    """torchrun on the CPU. The micro-batches of both processes, and their share of the evaluation, count."""
+    settings = TINY | {"data_dir": digits, "out_dir": "pair", "batch_size": 8, "accumulate": 2, "max_steps": 3,
+                       "eval_interval": 3, "eval_clips": 10, "picture_frames": 3}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "train.py"), *flags(settings)]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("done at step 3") == 1 and "2 x cpu" in done.stdout
+    assert_close_runs(tmp_path / "pair", whole_batch)
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs that stop and go on
+
+
+EVERYTHING = {"dropout": 0.2, "context_noise": 0.3, "accumulate": 2, "noised_copies": 2, "eval_interval": 4,
+              "picture_frames": 3}
+
+
+@pytest.mark.parametrize("changes, stops", [
+    ({}, [(0, signal.SIGINT), (4, signal.SIGTERM)]),
+    (EVERYTHING, [(2, signal.SIGTERM)]),
+], ids=["plain", "everything random"])
+def test_a_stopped_run_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch, changes, stops):
+    changes = changes | {"log_interval": 4, "checkpoint_interval": 2}
+    train.main(tiny("whole", **changes))
+    for step, number in stops:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            stop_at(patch, step, number)
+            train.main(tiny("stopped", **changes))
+        assert ended.value.code == 128 + number
+        assert load(tmp_path / "stopped")["step"] == step + 1
+    train.main(tiny("stopped", **changes))
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tiny, tmp_path, monkeypatch):
+    """What the log says of steps after that checkpoint is dropped, as they are taken again."""
+
+    def die():
+        raise Break
+
+    changes = {"checkpoint_interval": 2, "dropout": 0.2}
+    train.main(tiny("whole", **changes))
+    with monkeypatch.context() as patch, pytest.raises(Break):
+        at_step(patch, 5, die)
+        train.main(tiny("killed", **changes))
+    assert load(tmp_path / "killed")["step"] == 4
+    assert read_log(tmp_path / "killed")[-1]["step"] == 5
+    train.main(tiny("killed", **changes))
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_a_new_log(tiny, tmp_path, monkeypatch):
+    def die():
+        raise Break
+
+    with monkeypatch.context() as patch, pytest.raises(Break):
+        at_step(patch, 1, die)
+        train.main(tiny(max_steps=2))
+    train.main(tiny(max_steps=2))
+    assert [entry["step"] for entry in read_log(tmp_path / "run")] == [0, 1, 2]
+
+
+def test_a_log_cut_off_in_the_middle_of_a_line_does_not_stop_a_run_from_going_on(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 2, signal.SIGTERM)
+        train.main(tiny(max_steps=4))
+    with open(tmp_path / "run" / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    train.main(tiny(max_steps=4))
+    assert [entry["step"] for entry in read_log(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(tiny(checkpoint_interval=2))
+    assert load(tmp_path / "run")["step"] == 2
+
+
+def assert_refused(cfg, folder):
+    """The message of the UserError; no file was changed."""
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError) as error:
+        train.main(cfg)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("key, value", [("lr", 0.01), ("max_steps", 90), ("ema_widths", (0.05,)), ("seed", 1)])
+def test_a_run_is_not_continued_with_other_settings(half_done, key, value):
+    folder, cfg = half_done
+    old = getattr(cfg, key)
+    setattr(cfg, key, value)
+    message = assert_refused(cfg, folder)
+    assert str(folder / "checkpoint.pt") in message
+    differences = message.split("settings", 1)[1]
+    assert all(differences.count(part) for part in (key, str(old).strip("()"), str(value).strip("()")))
+    assert not any(f"{other} " in differences for other in ("digits", "batch_size", "frames"))
+
+
+@pytest.mark.parametrize("init_from", ["scratch", "nothing"])
+def test_a_run_is_not_overwritten(half_done, init_from):
+    folder, cfg = half_done
+    cfg.init_from = init_from
+    assert f"init_from={init_from}" in assert_refused(cfg, folder).replace("'", "")
+
+
+def test_settings_that_do_not_touch_the_result_may_change(half_done, tmp_path, capsys):
+    folder, cfg = half_done
+    vars(cfg).update(log_interval=3, eval_interval=0, checkpoint_interval=7, eval_clips=3, eval_context=1,
+                     picture_frames=2, picture_steps=1, accumulate=4, out_dir=str(tmp_path / "moved"))
+    shutil.move(folder, cfg.out_dir)
+    train.main(cfg)
+    assert "resuming" in capsys.readouterr().out
+
+
+class Exploit:
+    """A pickle that runs code when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "pickle", "torch pickle", "of another program"])
+def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_as_it_is(half_done, damage, tmp_path):
+    folder, cfg = half_done
+    path, code_ran = folder / "checkpoint.pt", tmp_path / "code_ran"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps(Exploit(code_ran), protocol=2))
+    elif damage == "torch pickle":
+        torch.save({**load(folder), "origin": Exploit(code_ran)}, path)
+    else:
+        torch.save({"weights": torch.zeros(3)}, path)
+    assert str(path) in assert_refused(cfg, folder)
+    assert not code_ran.exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs that go wrong
+
+
+def plant(monkeypatch, factor, k):
+    """Multiplies the loss of optimizer step k; returns the weights before each step and after the last."""
+    loss_of, optimizer_step, weights = train.loss_of, train.optimizer_step, []
+
+    def spoilt_loss(*arguments):
+        return loss_of(*arguments) * (factor if len(weights) == k + 1 else 1)
+
+    def watched_step(model, *arguments):
+        norm = optimizer_step(model, *arguments)
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return norm
+
+    def watched_start(model, *arguments):
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return ema(model, *arguments)
+
+    ema = train.PowerEMA
+    monkeypatch.setattr(train, "loss_of", spoilt_loss)
+    monkeypatch.setattr(train, "optimizer_step", watched_step)
+    monkeypatch.setattr(train, "PowerEMA", watched_start)
+    return weights
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_step_with_a_gradient_that_is_not_finite_is_not_taken(tiny, tmp_path, monkeypatch, capsys, factor):
+    weights = plant(monkeypatch, factor, 1)
+    train.main(tiny(max_steps=4))
+    assert_same(weights[1], weights[2])
+    for one, other in ((0, 1), (2, 3), (3, 4)):
+        assert any(not torch.equal(weights[one][name], weights[other][name]) for name in weights[0])
+    said = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert len(said) == 1 and said[0].startswith("step 1:")
+    for path, leaf in leaves(load(tmp_path / "run")).items():
+        assert not isinstance(leaf, torch.Tensor) or leaf.isfinite().all(), path
+
+
+def test_the_log_remains_json_after_a_loss_that_is_not_finite(tiny, tmp_path, monkeypatch):
+    plant(monkeypatch, math.nan, 1)
+    train.main(tiny(max_steps=4))
+    assert [entry["step"] for entry in read_log(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("key, value, named", [
+    ("video_attn_resolutions", (3,), "attention resolution 3"),
+    ("head_dim", 24, "head_dim 24"),
+    ("patch_size", 5, "divisible by 5"),
+    ("window", 0, "window 0"),
+    ("accumulate", 3, "accumulate=3"),
+    ("batch_size", 0, "batch_size=0"),
+    ("seed", -1, "seed=-1"),
+    ("decay", "cosine", "cosine"),
+    ("device", "abacus", "abacus"),
+    ("dataset", "video", "data_dir="),
+    ("dataset", "vidoe", "vidoe"),
+])
+def test_a_setting_that_cannot_work_is_one_line_that_names_it(tiny, tmp_path, key, value, named):
+    with pytest.raises(UserError) as error:
+        train.main(tiny(**{key: value}))
+    assert named in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("limit", ["frames=3 eval_context=3", "picture_frames=1", "eval_clips=0", "ema_widths=()",
+                                   "log_interval=0", "checkpoint_interval=0", "max_steps=0"])
+def test_a_setting_at_its_limit_works_or_is_refused_before_training(tiny, tmp_path, limit):
+    folder, changes = tmp_path / "run", dict(part.split("=") for part in limit.split())
+    try:
+        train.main(tiny(**{"max_steps": 2, "eval_interval": 2} | changes))
+    except UserError as error:
+        assert any(key in str(error) for key in changes)
+        assert not (folder / "checkpoint.pt").exists()
+        assert not (folder / "log.jsonl").exists() or read_log(folder)[-1]["step"] == 0
+    else:
+        assert load(folder)["step"] == int(changes.get("max_steps", 2))
+        read_log(folder)
