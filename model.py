@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-
 # ---------------------------------------------------------------------------------------------------
 # Magnitude-preserving operations: unit variance in, unit variance out (EDM2, section 2 and appendix B).
 

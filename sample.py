@@ -153,7 +153,7 @@ def reconstruction(steps, widths, step, width):
 
 def reconstruct_ema(folder, step, width):
     """Weights averaged with any `width`, from the snapshots that training left in `folder`."""
-    snapshots = [load_file(path) for path in sorted(Path(folder).glob("ema-*.pt"))]
+    snapshots = [load_file(path, ("step", "ema")) for path in sorted(Path(folder).glob("ema-*.pt"))]
     parts = [(s["step"], w, tensors) for s in snapshots for w, tensors in s["ema"].items() if s["step"] <= step]
     if len(parts) < 2:
         raise UserError(f"--ema={width} is rebuilt from the snapshots ema-*.pt beside the checkpoint; "
@@ -166,15 +166,22 @@ def reconstruct_ema(folder, step, width):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints.
 
-def load_file(path):
-    """A file of tensors and plain values; whatever is wrong with it is one line that names it."""
+def load_file(path, keys):
+    """A dict of tensors and plain values that has `keys`; whatever is wrong with the file is one line naming it."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
     except Exception as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): it is damaged, "
-                        "or not a checkpoint of this program") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({reason}): it is damaged, or no checkpoint of this program") from error
+    missing = set(keys) - set(state if isinstance(state, dict) else ())
+    if missing:
+        raise UserError(f"{path} is no checkpoint of this program: it has no {', '.join(sorted(missing))}")
+    return state
+
+
+CHECKPOINT_KEYS = ("version", "step", "settings", "model_config", "stats", "model", "optimizer", "ema", "recent")
 
 
 def newest_checkpoint(root="out"):
@@ -186,10 +193,7 @@ def newest_checkpoint(root="out"):
 
 def load_model(path, width, device):
     """(model in eval mode, checkpoint) with the weights averaged by `width`, or raw ones for 0."""
-    state = load_file(path)
-    missing = {"version", "step", "settings", "model_config", "stats", "model", "ema"} - set(state)
-    if missing:
-        raise UserError(f"{path} is not a checkpoint of this program: it has no {', '.join(sorted(missing))}")
+    state = load_file(path, CHECKPOINT_KEYS)
     model = Denoiser(ModelConfig(**state["model_config"]))
     weights = state["model"]
     if width:

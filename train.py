@@ -20,10 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from config import UserError, run
+from config import UserError
+from config import run as run_script
 from data import Batches, load_batch, measure, open_source, replacing, to_network
 from model import Denoiser, ModelConfig
-from sample import compute_dtype, ema_exponent, load_file, make_videos, noise_levels, pick_device, seeded, write
+from sample import (
+    CHECKPOINT_KEYS,
+    compute_dtype,
+    ema_exponent,
+    load_file,
+    make_videos,
+    noise_levels,
+    pick_device,
+    seeded,
+    write,
+)
 
 # -- output
 out_dir = "out/mnist"           # checkpoints, log.jsonl and pictures go here
@@ -173,6 +184,14 @@ class PowerEMA:
             beta = (1 - 1 / step) ** (self.exponents[width] + 1)
             torch._foreach_lerp_(list(average.values()), list(self.parameters.values()), 1 - beta)
 
+    def load(self, averages):
+        for width, average in self.averages.items():
+            for name, tensor in average.items():
+                tensor.copy_(averages[width][name])
+
+    def halved(self):
+        return {width: {name: p.half() for name, p in average.items()} for width, average in self.averages.items()}
+
 
 @contextlib.contextmanager
 def averaged_weights(model, average):
@@ -246,39 +265,19 @@ def differences(old, new):
             if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
 
 
-def resume(path, model, optimizer, ema, cfg, rank):
-    """(step, recent losses) to go on from: those of the checkpoint, or 0 if there is none."""
-    if cfg.init_from not in ("auto", "scratch"):
-        raise UserError(f"init_from={cfg.init_from!r}: choose auto or scratch")
-    if not path.exists():
-        return 0, []
-    if cfg.init_from == "scratch":
-        raise UserError(f"{path} holds a run already, which init_from=scratch would overwrite: "
-                        "choose another out_dir, or move it away")
-    state = load_file(path)
-    changed = differences(state["settings"], vars(cfg))
-    if changed:
-        raise UserError(f"{path} is of a run with other settings: {'; '.join(changed)}. "
-                        "Choose another out_dir, or repeat the run's settings to go on with it")
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    for width, average in ema.averages.items():
-        for name, tensor in average.items():
-            tensor.copy_(state["ema"][width][name])
-    if rank == 0:
-        print(f"resuming {path} at step {state['step']} of {cfg.max_steps}")
-    return state["step"], state["recent"]
+def json_line(entry):
+    """Numbers that are not finite become null: NaN is no JSON."""
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+              for key, value in entry.items()}
+    return json.dumps(finite) + "\n"
 
 
-def save_checkpoint(folder, step, recent, model, optimizer, ema, cfg, stats, origin):
-    """Everything that resuming and sampling need, in checkpoint.pt; every `checkpoint_interval` steps the
-    averages too, in a file of their own, for reconstructing other widths."""
-    save_file({"version": 1, "step": step, "settings": vars(cfg), "model_config": model.settings(), "stats": stats,
-               "origin": origin, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-               "ema": ema.averages, "recent": recent}, folder / "checkpoint.pt")
-    if step % cfg.checkpoint_interval == 0 or step == cfg.max_steps:
-        half = {width: {name: p.half() for name, p in average.items()} for width, average in ema.averages.items()}
-        save_file({"step": step, "ema": half}, folder / f"ema-{step:08d}.pt")
+def lines_until(path, step):
+    """The lines of a log up to `step`, without one that was cut off."""
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                yield line + "\n"
 
 
 class Log:
@@ -286,26 +285,32 @@ class Log:
 
     def __init__(self, path, step, rank):
         self.path = path if rank == 0 else None
-        if self.path and path.exists():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in lines if step))
+        if self.path:
+            with replacing(path) as temporary:
+                temporary.write_text("".join(lines_until(path, step) if step and path.exists() else ()))
 
     def write(self, **entry):
         if self.path:
             with open(self.path, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json_line(entry))
 
 
 # ---------------------------------------------------------------------------------------------------
-# The training loop.
+# A run: what a checkpoint holds, and where it runs.
 
-def build_model(cfg, source, device):
-    names = set(ModelConfig.__dataclass_fields__) & set(vars(cfg))
-    try:
-        return Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim,
-                                    **{name: getattr(cfg, name) for name in names})).to(device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+def check_settings(cfg):
+    """UserError for what would otherwise fail late, or silently do nothing."""
+    for name in ("max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name}={getattr(cfg, name)}: must be at least 1")
+    for name, choices in (("init_from", ("auto", "scratch")), ("decay", ("linear", "sqrt"))):
+        if getattr(cfg, name) not in choices:
+            raise UserError(f"{name}={getattr(cfg, name)!r}: choose {' or '.join(choices)}")
+    for name in ("frames", "picture_frames"):
+        if getattr(cfg, name) <= cfg.eval_context:
+            raise UserError(f"{name}={getattr(cfg, name)}: must be more than eval_context={cfg.eval_context}")
+    if not cfg.ema_widths:
+        raise UserError("ema_widths is empty: give at least one width, for example --ema_widths=0.05")
 
 
 def open_sources(cfg, rank):
@@ -319,8 +324,95 @@ def open_sources(cfg, rank):
     return sources
 
 
+def build_model(cfg, source, device):
+    names = set(ModelConfig.__dataclass_fields__) & set(vars(cfg))
+    try:
+        return Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim,
+                                    **{name: getattr(cfg, name) for name in names})).to(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+class Run:
+    def __init__(self, cfg):
+        check_settings(cfg)
+        self.cfg, self.folder = cfg, Path(cfg.out_dir)
+        self.device, self.rank, self.world_size = start_processes(cfg)
+        self.source, self.held_out = open_sources(cfg, self.rank)
+        self.stats = measure(self.source)
+        torch.manual_seed(cfg.seed)
+        self.model = build_model(cfg, self.source, self.device)
+        self.model.dtype = compute_dtype(self.device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), betas=(0.9, 0.99), fused=self.device.type == "cuda")
+        self.ema = PowerEMA(self.model, cfg.ema_widths)
+        self.step, self.recent = 0, []                      # steps done; losses since the last line of the log
+        self.resume(self.folder / "checkpoint.pt")
+        self.network = torch.compile(self.model) if cfg.compile else self.model
+        if self.world_size > 1:
+            self.network = DistributedDataParallel(self.network)
+        self.start_log()
+
+    def resume(self, path):
+        """Goes on from the checkpoint at `path`, if there is one."""
+        if not path.exists():
+            return
+        if self.cfg.init_from == "scratch":
+            raise UserError(f"{path} holds a run already, which init_from=scratch would overwrite: "
+                            "choose another out_dir, or move it away")
+        state = load_file(path, CHECKPOINT_KEYS)
+        changed = differences(state["settings"], vars(self.cfg))
+        if changed:
+            raise UserError(f"{path} is of a run with other settings: {'; '.join(changed)}. "
+                            "Choose another out_dir, or repeat the run's settings to go on with it")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load(state["ema"])
+        self.step, self.recent = state["step"], state["recent"]
+        if self.rank == 0:
+            print(f"resuming {path} at step {self.step} of {self.cfg.max_steps}", flush=True)
+
+    def start_log(self):
+        self.log = Log(self.folder / "log.jsonl", self.step, self.rank)
+        if self.rank == 0:
+            count = sum(p.numel() for p in self.model.parameters())
+            print(f"{count / 1e6:.2f} million parameters on {self.world_size} x {self.device}; {self.source.origin}",
+                  flush=True)
+            if self.step == 0:
+                self.log.write(step=0, parameters=count, origin=self.source.origin, settings=vars(self.cfg))
+
+    def save(self):
+        """Everything that resuming and sampling need, in checkpoint.pt; every `checkpoint_interval` steps the
+        averages too, in a file of their own, for reconstructing other widths."""
+        if self.rank > 0:
+            return
+        save_file({"version": 1, "step": self.step, "settings": vars(self.cfg), "model_config": self.model.settings(),
+                   "stats": self.stats, "origin": self.source.origin, "model": self.model.state_dict(),
+                   "optimizer": self.optimizer.state_dict(), "ema": self.ema.averages, "recent": self.recent},
+                  self.folder / "checkpoint.pt")
+        if self.due(self.cfg.checkpoint_interval):
+            save_file({"step": self.step, "ema": self.ema.halved()}, self.folder / f"ema-{self.step:08d}.pt")
+
+    def due(self, interval):
+        """Whether something that happens every `interval` steps, and at the end, happens now."""
+        return bool(interval) and (self.step % interval == 0 or self.step == self.cfg.max_steps)
+
+    def evaluate(self):
+        """Error table and picture with the first averaged weights, printed, logged, drawn."""
+        cfg = self.cfg
+        with averaged_weights(self.model, next(iter(self.ema.averages.values()))):
+            errors = error_table(self.model, self.held_out, self.stats, cfg, self.device, self.rank, self.world_size)
+            if self.rank == 0:
+                tqdm.write(format_table(self.step, errors, cfg))
+                self.log.write(step=self.step, sigmas=list(cfg.eval_sigmas), first_and_later_error=errors)
+                path = self.folder / f"rollout-{self.step:08d}.png"
+                draw_picture(path, self.model, self.held_out, self.stats, cfg, self.device)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The training loop.
+
 def ask_to_stop(stop):
-    """Ctrl-C and SIGTERM set stop[0], to end after the current step; a second one ends at once."""
+    """Ctrl-C and SIGTERM append to `stop`, to end after the current step; a second one ends at once."""
     def handler(number, frame):
         if stop:
             raise KeyboardInterrupt
@@ -360,75 +452,42 @@ def optimizer_step(model, optimizer, step, cfg):
     return norm
 
 
-def evaluate(step, model, ema, source, stats, cfg, device, rank, world_size, folder, log):
-    """Error table and picture with the first averaged weights, printed, logged, drawn."""
-    with averaged_weights(model, next(iter(ema.averages.values()))):
-        errors = error_table(model, source, stats, cfg, device, rank, world_size)
-        if rank == 0:
-            tqdm.write(format_table(step, errors, cfg))
-            log.write(step=step, sigmas=list(cfg.eval_sigmas), first_and_later_error=errors)
-            draw_picture(folder / f"rollout-{step:08d}.png", model, source, stats, cfg, device)
+def train(run, batches, bar, stop):
+    """Steps until the end, or until any process was asked to stop."""
+    cfg, began = run.cfg, time.perf_counter()
+    frames = cfg.log_interval * cfg.batch_size * cfg.noised_copies * run.source.frames
+    while run.step < cfg.max_steps and not sum_over_ranks(torch.tensor(len(stop), device=run.device)):
+        if cfg.dropout:
+            torch.manual_seed(cfg.seed + run.step * run.world_size + run.rank)
+        loss = gradients(run.network, batches, cfg, run.stats, run.device)
+        norm = optimizer_step(run.model, run.optimizer, run.step, cfg)
+        run.step += 1
+        run.ema.update(run.step)
+        run.recent.append((sum_over_ranks(loss) / run.world_size).item())
+        bar.update()
+        if run.step % cfg.log_interval == 0:
+            mean, seconds = sum(run.recent) / len(run.recent), time.perf_counter() - began
+            bar.set_postfix(loss=f"{mean:.3f}")
+            run.log.write(step=run.step, loss=mean, grad_norm=norm, lr=learning_rate(run.step - 1, cfg),
+                          frames_per_second=round(frames / seconds, 1))
+            run.recent, began = [], time.perf_counter()
+        if run.due(cfg.eval_interval):
+            run.evaluate()
+        if run.due(cfg.checkpoint_interval):
+            run.save()
 
 
 def main(cfg):
-    device, rank, world_size = start_processes(cfg)
-    torch.manual_seed(cfg.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")          # what stays float32 may use TF32
-    folder = Path(cfg.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    source, held_out = open_sources(cfg, rank)
-    stats = measure(source)
-    model = build_model(cfg, source, device)
-    model.dtype = compute_dtype(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=cfg.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
-    ema = PowerEMA(model, cfg.ema_widths)
-    step, recent = resume(folder / "checkpoint.pt", model, optimizer, ema, cfg, rank)
-    log = Log(folder / "log.jsonl", step, rank)
-    if rank == 0:
-        count = sum(p.numel() for p in model.parameters())
-        print(f"{count / 1e6:.2f} million parameters on {world_size} x {device}; {source.origin}", flush=True)
-        if step == 0:
-            log.write(step=0, parameters=count, origin=source.origin, device=str(device), settings=vars(cfg))
-    network = torch.compile(model) if cfg.compile else model
-    if world_size > 1:
-        network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-
-    def save():
-        if rank == 0:
-            save_checkpoint(folder, step, recent, model, optimizer, ema, cfg, stats, source.origin)
-
-    stop = []
+    run, stop = Run(cfg), []
     ask_to_stop(stop)
-    batches = Batches(source, cfg.batch_size, device, step, rank, world_size, cfg.accumulate)
-    bar = tqdm(total=cfg.max_steps, initial=step, unit="step", disable=rank > 0, dynamic_ncols=True)
-    began, frames_per_step = time.perf_counter(), cfg.batch_size * cfg.noised_copies * source.frames
-    while step < cfg.max_steps and not sum_over_ranks(torch.tensor(len(stop), device=device)):
-        if cfg.dropout:
-            torch.manual_seed(cfg.seed + step * world_size + rank)
-        loss = gradients(network, batches, cfg, stats, device)
-        norm = optimizer_step(model, optimizer, step, cfg)
-        step += 1
-        ema.update(step)
-        recent.append((sum_over_ranks(loss) / world_size).item())
-        bar.update()
-        if step % cfg.log_interval == 0:
-            seconds, began = time.perf_counter() - began, time.perf_counter()
-            mean = sum(recent) / len(recent)
-            recent.clear()
-            bar.set_postfix(loss=f"{mean:.3f}")
-            log.write(step=step, loss=mean, grad_norm=norm, lr=learning_rate(step - 1, cfg),
-                      frames_per_second=round(frames_per_step * cfg.log_interval / seconds, 1))
-        if cfg.eval_interval and (step % cfg.eval_interval == 0 or step == cfg.max_steps):
-            evaluate(step, model, ema, held_out, stats, cfg, device, rank, world_size, folder, log)
-        if step % cfg.checkpoint_interval == 0 or step == cfg.max_steps:
-            save()
-    bar.close()
-    batches.close()
+    batches = Batches(run.source, cfg.batch_size, run.device, run.step, run.rank, run.world_size, cfg.accumulate)
+    bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
+    with batches, bar:
+        train(run, batches, bar, stop)
     if stop:
-        save()
-    if rank == 0:
-        print(f"{'stopped' if stop else 'done'} at step {step}: {folder / 'checkpoint.pt'}")
+        run.save()
+    if run.rank == 0:
+        print(f"{'stopped' if stop else 'done'} at step {run.step}: {run.folder / 'checkpoint.pt'}")
     if dist.is_initialized():
         dist.destroy_process_group()
     if stop:
@@ -436,4 +495,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    run(main, globals())
+    run_script(main, globals())

@@ -220,9 +220,9 @@ def test_raw_averaged_and_rebuilt_weights_all_sample(sampled):
 
 def test_a_width_that_was_not_tracked_needs_snapshots(command, workshop, tmp_path):
     shutil.copy(workshop[0] / "out/mnist/checkpoint.pt", tmp_path)
-    checkpoint = {"checkpoint": tmp_path / "checkpoint.pt", "out": "a.npy", "frames": 2}
-    assert_refused(command(tmp_path, "sample.py", *flags(ROLLOUT | checkpoint | {"ema": 0.08})), "--ema=0.08", "ema-*.pt")
-    assert command(tmp_path, "sample.py", *flags(ROLLOUT | checkpoint | {"ema": 0.1})).code == 0
+    settings = ROLLOUT | {"checkpoint": tmp_path / "checkpoint.pt", "out": "a.npy", "frames": 2}
+    assert_refused(command(tmp_path, "sample.py", *flags(settings | {"ema": 0.08})), "--ema=0.08", "ema-*.pt")
+    assert command(tmp_path, "sample.py", *flags(settings | {"ema": 0.1})).code == 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -308,7 +308,6 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
     ("train.py --batch_size=", ["batch_size", "int"]),
     ("train.py config/nothing.py", ["config/nothing.py"]),
     ("train.py batch_size=3", ["batch_size=3", "--key=value"]),
-    ("train.py --dataset=video --data_dir=nowhere", ["nowhere"]),
     ("data.py --datadir=x", ["datadir", "did you mean 'data_dir'"]),
 ])
 def test_mistakes_are_named(command, tmp_path, line, named):
@@ -342,6 +341,12 @@ def test_an_unknown_extension_is_refused_before_anything_is_sampled(command, wor
     done = command(tmp_path, "sample.py", *flags(ROLLOUT | {"checkpoint": path, "out": "a.mp4"}))
     assert_refused(done, "a.mp4", ".gif", ".png", ".npy")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_videos_is_named(command, tmp_path):
+    config = ROOT / "config" / "video.py"
+    chosen = [config] if config.exists() else ["--dataset=video"]
+    assert_refused(command(tmp_path, "train.py", *chosen, "--data_dir=nowhere", "--device=cpu"), "nowhere")
 
 
 @pytest.mark.parametrize("content", ["", "not a checkpoint"])

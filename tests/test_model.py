@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import model as m
 from model import Cache, Denoiser, ModelConfig
@@ -155,21 +154,22 @@ FRAMES = 6
 @pytest.fixture(scope="module", params=[(copies, window, kernel) for copies in (1, 2) for window in (3, 8)
                                         for kernel in (1, 2, 3)], ids=lambda p: "copies{}-window{}-kernel{}".format(*p))
 def case(request):
-    """(network, its inputs): one and two noised copies, a window within and beyond the clip, each kernel."""
+    """(network, its inputs, its outputs): one and two noised copies, a window within and beyond the clip, each kernel."""
     copies, window, kernel = request.param
     denoiser = network(window=window, temporal_kernel=kernel, action_dim=4)
-    return denoiser, training_inputs(denoiser, copies, FRAMES)
+    inputs = training_inputs(denoiser, copies, FRAMES)
+    outputs = denoiser(*inputs)[0]
+    assert 0.3 < rms(outputs) < 3
+    return denoiser, inputs, outputs
 
 
 def changed_by(case, change):
     """The noised frames {(copy, frame)} of clip 0 whose outputs are not bitwise what they were before `change`
     altered the inputs of clip 0. Clip 1's must be."""
-    denoiser, inputs = case
-    before = denoiser(*inputs)[0]
+    denoiser, inputs, before = case
     altered = [value.clone() for value in inputs]
     change(*altered)
     differs = (denoiser(*altered)[0] != before).flatten(3).any(-1)
-    assert 0.3 < rms(before) < 3
     assert not differs[1].any(), "another clip's outputs changed"
     return {(s + 1, t) for s, t in differs[0].nonzero().tolist()}
 
@@ -217,7 +217,7 @@ def test_an_action_reaches_its_own_and_all_later_outputs(case, t):
 
 @pytest.mark.parametrize("t", [0, 2, 4])
 def test_clean_features_depend_on_no_later_frame_and_no_later_action(case, t):
-    denoiser, (x, sigma, actions) = case
+    denoiser, (x, sigma, actions), _ = case
     before = features(denoiser, x, sigma, actions)
     x, actions = x.clone(), actions.clone()
     x[:, CLEAN, t] += 0.5
@@ -231,7 +231,7 @@ def test_clean_features_depend_on_no_later_frame_and_no_later_action(case, t):
 
 
 def test_clean_features_depend_on_nothing_noised(case):
-    denoiser, (x, sigma, actions) = case
+    denoiser, (x, sigma, actions), _ = case
     before = features(denoiser, x, sigma, actions)
     x, sigma = x.clone(), sigma.clone()
     x[:, 1:] = torch.randn(x[:, 1:].shape)
@@ -370,7 +370,7 @@ def test_rotated_products_depend_on_the_distance_in_time_only():
         products[start] = torch.stack([(m.rotate(q, start + distance) * m.rotate(k, start)).sum()
                                        for distance in range(8)])
     for product in products.values():
-        assert farthest(product, products[0]) < 1e-5
+        assert farthest(product, products[0]) < 1e-4
     assert products[0][0].item() == pytest.approx((q * k).sum().item(), abs=1e-5)
     assert products[0].diff().abs().min() > 1e-3
 
@@ -430,7 +430,7 @@ def test_cached_attention_is_the_dense_softmax_over_several_windows(chunks, wind
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 3e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
 @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 9, 16), (4, 7, 35), (2, 8, 16)], ids=str)
 def test_compiled_flex_attention_is_the_dense_softmax_with_its_gradients(shape, dtype, tolerance):
     for window in (1, 3, shape[1]):
