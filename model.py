@@ -9,7 +9,7 @@ attention. So a noised frame is denoised given its clean past, and all frames of
 """
 import functools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -306,7 +306,7 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, seq):
         if self.window == 1:
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(*(x.flatten(0, 2) for x in (q, k, v))).view_as(q)
         q, k = rotate(q, seq.start), rotate(k, seq.start)
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
@@ -545,21 +545,17 @@ class Denoiser(nn.Module):
             if actions.shape != wanted:
                 raise ValueError(f"actions: expected {wanted}, given {tuple(actions.shape)}")
 
-    def mp_weights(self):
-        return [module for module in self.modules() if isinstance(module, MPWeight)]
-
     def normalize_weights(self):
         """Back to the sphere, after every optimizer step and after loading averaged weights (EDM2 Eq. 66)."""
-        for module in self.mp_weights():
-            module.normalize_weight()
+        for module in self.modules():
+            if isinstance(module, MPWeight):
+                module.normalize_weight()
 
     def project_gradients(self):
         """Remove from every gradient what only changes a weight's length, before the optimizer step (EDM2 Eq. 47)."""
-        for module in self.mp_weights():
-            module.project_gradient()
-
-    def settings(self):
-        return asdict(self.cfg)
+        for module in self.modules():
+            if isinstance(module, MPWeight):
+                module.project_gradient()
 
 
 def noise_label(sigma):

@@ -236,32 +236,39 @@ def cells(videos, given, scale):
     return framed
 
 
-def write_sheet(path, videos, given, scale):
+def write_array(file, videos, given, scale, fps):
+    np.save(file, rearrange(videos, "n t c h w -> n t h w c"))
+
+
+def write_sheet(file, videos, given, scale, fps):
     """A contact sheet: a row per video, a column per frame."""
     sheet = rearrange(cells(videos, given, scale), "n t h w c -> (n h) (t w) c")
-    Image.fromarray(sheet).save(path, format="png")
+    Image.fromarray(sheet).save(file, format="png")
 
 
-def write_gif(path, videos, given, scale, fps):
+def write_gif(file, videos, given, scale, fps):
     """An endless GIF of the videos side by side, in rows of at most eight."""
     columns = min(len(videos), 8)
     blank = np.zeros((-len(videos) % columns, *videos.shape[1:]), np.uint8)
     tiles = cells(np.concatenate([videos, blank]), given, scale)
     tiled = rearrange(tiles, "(r n) t h w c -> t (r h) (n w) c", n=columns)
     pictures = [Image.fromarray(picture) for picture in tiled]
-    pictures[0].save(path, format="gif", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+    pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+
+
+WRITERS = {".gif": write_gif, ".png": write_sheet, ".npy": write_array}
+
+
+def check_extension(path):
+    if Path(path).suffix not in WRITERS:
+        raise UserError(f"--out={path}: the extension must be one of {', '.join(WRITERS)}")
 
 
 def write(path, videos, given=0, scale=4, fps=10):
     """To `path`, as its extension says."""
-    path = Path(path)
-    writers = {".gif": lambda file: write_gif(file, videos, given, scale, fps),
-               ".png": lambda file: write_sheet(file, videos, given, scale),
-               ".npy": lambda file: np.save(file, rearrange(videos, "n t c h w -> n t h w c"))}
-    if path.suffix not in writers:
-        raise UserError(f"--out={path}: the extension must be one of {', '.join(writers)}")
+    check_extension(path)
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        writers[path.suffix](file)
+        WRITERS[Path(path).suffix](file, videos, given, scale, fps)
 
 
 def make_videos(model, clips, given, frames, stats, rollout_settings, actions=None):
@@ -282,12 +289,24 @@ def rollout_settings(cfg):
             "churn_max": cfg.churn_max}
 
 
-def main(cfg):
-    for name, least in (("frames", 1), ("samples", 1), ("context", 0), ("steps", 1), ("fps", 1), ("scale", 1)):
+def check_settings(cfg):
+    """UserError before any work is done."""
+    for name, least in (("frames", 1), ("samples", 1), ("context", 0), ("first_clip", 0), ("steps", 1), ("seed", 0),
+                        ("fps", 1), ("scale", 1), ("churn", 0), ("context_noise", 0)):
         if getattr(cfg, name) < least:
             raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
+    if not 0 < cfg.sigma_min < cfg.sigma_max or cfg.rho <= 0:
+        raise UserError(f"--sigma_min={cfg.sigma_min} --sigma_max={cfg.sigma_max} --rho={cfg.rho}: must be above 0, "
+                        "and sigma_min below sigma_max")
+    if not 0 <= cfg.ema <= 0.25:
+        raise UserError(f"--ema={cfg.ema}: a width is above 0 and at most 0.25; 0 takes the raw weights")
     if cfg.context > cfg.frames:
         raise UserError(f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
+    check_extension(cfg.out)
+
+
+def main(cfg):
+    check_settings(cfg)
     path = cfg.checkpoint or newest_checkpoint()
     device = pick_device(cfg.device)
     model, state = load_model(path, cfg.ema, device)

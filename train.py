@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -265,11 +266,11 @@ def differences(old, new):
             if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
 
 
-def json_line(entry):
-    """Numbers that are not finite become null: NaN is no JSON."""
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-              for key, value in entry.items()}
-    return json.dumps(finite) + "\n"
+def finite(value):
+    """`value` with null for numbers that are not finite, at any depth: NaN is no JSON."""
+    if isinstance(value, (list, tuple)):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def lines_until(path, step):
@@ -292,7 +293,7 @@ class Log:
     def write(self, **entry):
         if self.path:
             with open(self.path, "a") as file:
-                file.write(json_line(entry))
+                file.write(json.dumps({key: finite(value) for key, value in entry.items()}) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -385,7 +386,7 @@ class Run:
         averages too, in a file of their own, for reconstructing other widths."""
         if self.rank > 0:
             return
-        save_file({"version": 1, "step": self.step, "settings": vars(self.cfg), "model_config": self.model.settings(),
+        save_file({"version": 1, "step": self.step, "settings": vars(self.cfg), "model_config": asdict(self.model.cfg),
                    "stats": self.stats, "origin": self.source.origin, "model": self.model.state_dict(),
                    "optimizer": self.optimizer.state_dict(), "ema": self.ema.averages, "recent": self.recent},
                   self.folder / "checkpoint.pt")
@@ -484,14 +485,15 @@ def main(cfg):
     bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
     with batches, bar:
         train(run, batches, bar, stop)
-    if stop:
+    stopped = run.step < cfg.max_steps                      # this process was asked to, or another one
+    if stopped:
         run.save()
     if run.rank == 0:
-        print(f"{'stopped' if stop else 'done'} at step {run.step}: {run.folder / 'checkpoint.pt'}")
+        print(f"{'stopped' if stopped else 'done'} at step {run.step}: {run.folder / 'checkpoint.pt'}")
     if dist.is_initialized():
         dist.destroy_process_group()
-    if stop:
-        raise SystemExit(128 + stop[0])
+    if stopped:
+        raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
 
 
 if __name__ == "__main__":

@@ -321,7 +321,8 @@ def test_mistakes_are_named(command, tmp_path, line, named):
     ({"device": "abacus"}, ["abacus"]),
     ({"seed": -1}, ["seed"]),
     ({"first_clip": -1}, ["first_clip"]),
-    ({"ema": -1}, ["--ema=-1"]),
+    ({"ema": -1}, ["ema"]),
+    ({"ema": 1}, ["ema"]),
     ({"sigma_min": 0}, ["sigma_min"]),
     ({"rho": 0}, ["rho"]),
 ], ids=lambda value: " ".join(value))

@@ -4,6 +4,7 @@
 """
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -154,91 +155,83 @@ FRAMES = 6
 @pytest.fixture(scope="module", params=[(copies, window, kernel) for copies in (1, 2) for window in (3, 8)
                                         for kernel in (1, 2, 3)], ids=lambda p: "copies{}-window{}-kernel{}".format(*p))
 def case(request):
-    """(network, its inputs, its outputs): one and two noised copies, a window within and beyond the clip, each kernel."""
+    """(network, inputs for six clips, outputs): one and two noised copies, a window within and beyond the clip."""
     copies, window, kernel = request.param
     denoiser = network(window=window, temporal_kernel=kernel, action_dim=4)
-    inputs = training_inputs(denoiser, copies, FRAMES)
+    inputs = training_inputs(denoiser, copies, FRAMES, b=6)
     outputs = denoiser(*inputs)[0]
     assert 0.3 < rms(outputs) < 3
     return denoiser, inputs, outputs
 
 
-def changed_by(case, change):
-    """The noised frames {(copy, frame)} of clip 0 whose outputs are not bitwise what they were before `change`
-    altered the inputs of clip 0. Clip 1's must be."""
+def reached(case, alter, places):
+    """{place: {(copy, frame) of the noised frames whose outputs are not bitwise what they were}}, after `alter`
+    changed clip i's inputs at the i-th place."""
     denoiser, inputs, before = case
-    altered = [value.clone() for value in inputs]
-    change(*altered)
-    differs = (denoiser(*altered)[0] != before).flatten(3).any(-1)
-    assert not differs[1].any(), "another clip's outputs changed"
-    return {(s + 1, t) for s, t in differs[0].nonzero().tolist()}
+    inputs = [value.clone() for value in inputs]
+    for i, place in enumerate(places):
+        alter(*(value[i] for value in inputs), place)
+    differs = (denoiser(*inputs)[0] != before).flatten(3).any(-1)
+    assert not differs[len(places):].any(), "a clip changed that was not altered"
+    return {place: {(s + 1, t) for s, t in differs[i].nonzero().tolist()} for i, place in enumerate(places)}
 
 
-def copies_of(case):
-    return range(1, case[1][0].shape[1])
+def outputs_from(case, first):
+    """{(copy, frame)} of all noised frames from frame `first` on."""
+    return {(s, t) for s in range(1, case[1][0].shape[1]) for t in range(first, FRAMES)}
 
 
-@pytest.mark.parametrize("t", range(FRAMES))
-def test_a_clean_frame_reaches_all_later_outputs_and_no_others(case, t):
-    def change(x, sigma, actions):
-        x[0, CLEAN, t] += 0.5
-    assert changed_by(case, change) == {(s, u) for s in copies_of(case) for u in range(t + 1, FRAMES)}
+def some_noised(case):
+    return [(s, t) for s, t in sorted(outputs_from(case, 0)) if t in (0, 2, FRAMES - 1)]
 
 
-@pytest.mark.parametrize("t", [0, 3, FRAMES - 1])
-def test_a_clean_frames_noise_level_reaches_all_later_outputs_and_no_others(case, t):
-    def change(x, sigma, actions):
-        sigma[0, CLEAN, t] = 0.1
-    assert changed_by(case, change) == {(s, u) for s in copies_of(case) for u in range(t + 1, FRAMES)}
+def test_a_clean_frame_reaches_all_later_outputs_and_no_others(case):
+    def alter(x, sigma, actions, t):
+        x[CLEAN, t] += 0.5
+    assert reached(case, alter, range(FRAMES)) == {t: outputs_from(case, t + 1) for t in range(FRAMES)}
 
 
-@pytest.mark.parametrize("t", [0, 2, FRAMES - 1])
-def test_a_noised_frame_reaches_its_own_output_only(case, t):
-    for s in copies_of(case):
-        def change(x, sigma, actions, s=s):
-            x[0, s, t] += 0.5
-        assert changed_by(case, change) == {(s, t)}
+def test_a_clean_frames_noise_level_reaches_all_later_outputs_and_no_others(case):
+    def alter(x, sigma, actions, t):
+        sigma[CLEAN, t] = 0.1
+    assert reached(case, alter, range(FRAMES)) == {t: outputs_from(case, t + 1) for t in range(FRAMES)}
 
 
-@pytest.mark.parametrize("t", [0, 2, FRAMES - 1])
-def test_a_noised_frames_noise_level_reaches_its_own_output_only(case, t):
-    for s in copies_of(case):
-        def change(x, sigma, actions, s=s):
-            sigma[0, s, t] *= 2
-        assert changed_by(case, change) == {(s, t)}
+def test_a_noised_frame_reaches_its_own_output_only(case):
+    def alter(x, sigma, actions, place):
+        x[place] += 0.5
+    assert reached(case, alter, some_noised(case)) == {place: {place} for place in some_noised(case)}
 
 
-@pytest.mark.parametrize("t", range(FRAMES))
-def test_an_action_reaches_its_own_and_all_later_outputs(case, t):
-    def change(x, sigma, actions):
-        actions[0, t] = (actions[0, t] + 1) % 4
-    assert changed_by(case, change) == {(s, u) for s in copies_of(case) for u in range(t, FRAMES)}
+def test_a_noised_frames_noise_level_reaches_its_own_output_only(case):
+    def alter(x, sigma, actions, place):
+        sigma[place] *= 2
+    assert reached(case, alter, some_noised(case)) == {place: {place} for place in some_noised(case)}
 
 
-@pytest.mark.parametrize("t", [0, 2, 4])
-def test_clean_features_depend_on_no_later_frame_and_no_later_action(case, t):
+def test_an_action_reaches_its_own_and_all_later_outputs(case):
+    def alter(x, sigma, actions, t):
+        actions[t] = (actions[t] + 1) % 4
+    assert reached(case, alter, range(FRAMES)) == {t: outputs_from(case, t) for t in range(FRAMES)}
+
+
+def test_clean_features_depend_on_earlier_frames_and_actions_and_nothing_noised(case):
+    """Clip t's clean frame and action t change, and everything noised: clean features t and later change, and no
+    others; in the layers that still have the clean copy."""
     denoiser, (x, sigma, actions), _ = case
     before = features(denoiser, x, sigma, actions)
-    x, actions = x.clone(), actions.clone()
-    x[:, CLEAN, t] += 0.5
-    actions[:, t] = (actions[:, t] + 1) % 4
-    reached = set()
-    for (old, _), (new, _) in zip(before, features(denoiser, x, sigma, actions), strict=True):
-        if old is not None:
-            assert torch.equal(old[:, :t], new[:, :t])
-            reached |= {u for u in range(t, FRAMES) if not torch.equal(old[:, u], new[:, u])}
-    assert {t, t + 1} <= reached
-
-
-def test_clean_features_depend_on_nothing_noised(case):
-    denoiser, (x, sigma, actions), _ = case
-    before = features(denoiser, x, sigma, actions)
-    x, sigma = x.clone(), sigma.clone()
+    x, sigma, actions = x.clone(), sigma.clone(), actions.clone()
     x[:, 1:] = torch.randn(x[:, 1:].shape)
     sigma[:, 1:] *= 3
+    for t in range(FRAMES):
+        x[t, CLEAN, t] += 0.5
+        actions[t, t] = (actions[t, t] + 1) % 4
+    changed = torch.zeros(FRAMES, FRAMES, dtype=torch.bool)
     for (clean, noised), (new_clean, new_noised) in zip(before, features(denoiser, x, sigma, actions), strict=True):
-        assert clean is None or torch.equal(clean, new_clean)
+        if clean is not None:
+            changed |= (clean != new_clean).flatten(2).any(-1)
         assert (noised != new_noised).flatten(3).any(-1).all()
+    assert torch.equal(changed, torch.ones(FRAMES, FRAMES, dtype=torch.bool).triu())
 
 
 @pytest.mark.parametrize("reach", [1, 2, 3, 5])
@@ -460,21 +453,24 @@ def test_a_gpu_computes_what_the_cpu_computes():
 @pytest.mark.parametrize("changes", [
     {},
     {"temporal_kernel": 3, "blocks_per_level": 2},
-    {"frame_shape": (3, 64, 64), "channel_mults": (1, 2, 2), "patch_size": 2, "video_attn_resolutions": (16, 8)},
+    {"frame_shape": (3, 64, 64), "channels": 16, "channel_mults": (1, 2, 2), "patch_size": 2, "head_dim": 16,
+     "video_attn_resolutions": (16, 8)},
 ], ids=["default", "kernel3-2blocks", "64x64"])
 def test_every_block_keeps_the_magnitude_at_initialisation_at_every_frame(changes):
-    torch.manual_seed(0)
-    denoiser = Denoiser(ModelConfig(**changes)).requires_grad_(False)
-    b, s, t = 4, 3, 6
-    sigma = torch.randn(b, s, t).exp()
-    sigma[:, CLEAN] = 0
-    x = (sigma ** 2 + denoiser.cfg.sigma_data ** 2).sqrt()[..., None, None, None] \
-        * torch.randn(b, s, t, *denoiser.cfg.frame_shape)
-    found = [(rms(clean, keep=[1]) if clean is not None else torch.ones(1), rms(noised, keep=[1, 2]))
-             for clean, noised in features(denoiser, x, sigma)]
-    for clean, noised in found:
-        for values in (clean, noised):
-            assert 0.8 < values.min() and values.max() < 1.25, found
+    """In the mean square over eight networks: one narrow network's weights alone move a block by ten percent."""
+    squares = []
+    for seed in range(8):
+        torch.manual_seed(seed)
+        denoiser = Denoiser(ModelConfig(**changes)).requires_grad_(False)
+        sigma = torch.randn(2, 2, 6).exp()
+        sigma[:, CLEAN] = 0
+        size = (sigma ** 2 + denoiser.cfg.sigma_data ** 2).sqrt()[..., None, None, None]
+        x = size * torch.randn(2, 2, 6, *denoiser.cfg.frame_shape)
+        squares.append([rms(noised if clean is None else torch.cat([clean[:, None], noised], 1), keep=[1, 2]) ** 2
+                        for clean, noised in features(denoiser, x, sigma)])
+    for block in zip(*squares, strict=True):
+        found = torch.stack(block).mean(0).sqrt()                       # copy, frame
+        assert 0.8 < found.min() and found.max() < 1.25, found
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4])
@@ -640,8 +636,8 @@ def test_projected_gradients_are_those_through_explicit_normalisation():
     denoiser.project_gradients()
     for name, p in denoiser.named_parameters():
         size = raw[name].grad.norm()
-        assert size > 1e-6, name
-        assert (p.grad - raw[name].grad).norm() < 1e-4 * size, name
+        assert size > 1e-5, name
+        assert (p.grad - raw[name].grad).norm() < 1e-3 * size, name
         if name not in vectors:
             assert torch.equal(p.grad, unprojected[name]), name
     kinds = {type(module) for module in denoiser.modules() if isinstance(module, m.MPWeight)}
@@ -814,7 +810,7 @@ def test_dropout_acts_in_training_only():
 def test_a_model_is_rebuilt_from_its_settings_and_weights():
     denoiser = network(action_dim=3, frame_shape=(2, 8, 12), patch_size=2, video_attn_resolutions=(2,),
                        frame_attn_resolutions=(4,))
-    again = Denoiser(ModelConfig(**denoiser.settings()))
+    again = Denoiser(ModelConfig(**asdict(denoiser.cfg)))
     again.load_state_dict(denoiser.state_dict())
     inputs = training_inputs(denoiser)
     assert torch.equal(denoiser(*inputs)[0], again(*inputs)[0])
@@ -840,7 +836,8 @@ def test_frames_of_another_shape_are_refused():
     sigma = torch.ones(2, 2, 3)
     assert_names(refusal(denoiser, torch.zeros(2, 2, 3, 1, 8, 6), sigma), (1, 8, 8), (2, 2, 3, 1, 8, 6))
     assert_names(refusal(denoiser, torch.zeros(2, 2, 3, 3, 8, 8), sigma), (1, 8, 8), (2, 2, 3, 3, 8, 8))
-    assert_names(refusal(denoiser.step, torch.zeros(2, 1, 1, 4, 4), sigma[:, 0, :1], Cache()), (1, 8, 8), (1, 4, 4)[1:])
+    message = refusal(denoiser.step, torch.zeros(2, 1, 1, 4, 4), sigma[:, 0, :1], Cache())
+    assert_names(message, (1, 8, 8), (2, 1, 1, 1, 4, 4))
 
 
 def test_a_training_pass_without_a_noised_copy_is_refused():

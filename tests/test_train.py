@@ -9,7 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +21,7 @@ from PIL import Image
 import train
 from config import UserError, read_settings
 from data import Batches, load_batch, measure, open_source, to_network
+from sample import ema_exponent
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -352,7 +353,7 @@ def test_averages_weigh_step_t_with_the_power_function(tiny):
             assert all(torch.equal(average["weight"], weight.weight) for average in ema.averages.values())
     for width, average in ema.averages.items():
         times = np.arange(steps + 1) / steps
-        shares = np.diff(times ** (train.ema_exponent(width) + 1))
+        shares = np.diff(times ** (ema_exponent(width) + 1))
         expected = sum(share * past for share, past in zip(shares.tolist(), history))
         torch.testing.assert_close(average["weight"], expected, rtol=0, atol=1e-12)
 
@@ -621,6 +622,17 @@ def assert_refused(cfg, folder):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_a_run_that_another_process_was_asked_to_stop_saves_too(tiny, tmp_path, monkeypatch):
+    """Here the other process is made up: the sum over processes of who was asked grows by one."""
+    asked, sum_over_ranks = [], train.sum_over_ranks
+    at_step(monkeypatch, 2, lambda: asked.append(1))
+    monkeypatch.setattr(train, "sum_over_ranks",
+                        lambda x: sum_over_ranks(x) + (0 if x.is_floating_point() else len(asked)))
+    with suppress(SystemExit):
+        train.main(tiny())
+    assert load(tmp_path / "run")["step"] == 3
 
 
 @pytest.mark.parametrize("key, value", [("lr", 0.01), ("max_steps", 90), ("ema_widths", (0.05,)), ("seed", 1)])

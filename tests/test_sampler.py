@@ -1,0 +1,454 @@
+"""The sampler: Heun's method against exact solutions, rollouts, averaged weights of any width, and the writers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from config import UserError
+from model import Cache, Denoiser, ModelConfig
+from sample import (
+    GIVEN_COLOUR,
+    MADE_COLOUR,
+    Rollout,
+    ema_exponent,
+    heun,
+    noise_levels,
+    profile_overlap,
+    reconstruction,
+    seeded,
+    write,
+)
+from train import PowerEMA
+
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------------------------------------
+# Noise levels and Heun's method. On a Gaussian the ideal denoiser and the exact solution are known.
+
+MEAN, DEVIATION = 0.3, 0.5
+
+
+def ideal(x, sigma):
+    """E[clean | x] when clean ~ N(MEAN, DEVIATION^2)."""
+    return (DEVIATION ** 2 * x + sigma ** 2 * MEAN) / (DEVIATION ** 2 + sigma ** 2)
+
+
+def exact(x, sigma_from, sigma_to):
+    """Where the probability flow takes x."""
+    return MEAN + (x - MEAN) * math.sqrt((DEVIATION ** 2 + sigma_to ** 2) / (DEVIATION ** 2 + sigma_from ** 2))
+
+
+def noise(sigma, n=100, seed=0):
+    return sigma * torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
+def test_noise_levels_are_edms_from_first_to_last_then_zero(rho):
+    levels = noise_levels(9, 0.02, 40.0, rho)
+    assert len(levels) == 10
+    assert levels[0] == pytest.approx(40) and levels[-2] == pytest.approx(0.02) and levels[-1] == 0
+    for i, level in enumerate(levels[:-1]):
+        low, high = 0.02 ** (1 / rho), 40 ** (1 / rho)
+        assert level == pytest.approx((high + i / 8 * (low - high)) ** rho)
+
+
+def test_a_single_step_goes_from_the_first_noise_level_to_zero():
+    assert noise_levels(1, 0.02, 40.0, 7.0) == [pytest.approx(40), 0]
+
+
+def test_heun_converges_at_second_order():
+    x = noise(20)
+    errors = []
+    for steps in (32, 64, 128):
+        levels = noise_levels(steps + 1, 0.05, 20, 7)[:-1]              # without the last step, which is Euler's
+        errors.append((heun(ideal, x, levels) - exact(x, 20, 0.05)).abs().max().item())
+    assert errors[0] < 0.01
+    for coarse, fine in zip(errors, errors[1:]):
+        assert 3.6 < coarse / fine < 4.4
+
+
+def test_the_last_step_to_zero_is_the_denoisers_estimate():
+    x = noise(2)
+    assert torch.allclose(heun(ideal, x, [2.0, 0.0]), ideal(x, 2.0), rtol=0, atol=1e-12)
+
+
+def test_n_steps_are_2n_minus_1_evaluations_at_the_given_levels():
+    levels, told = noise_levels(5, 0.02, 40, 7), []
+    heun(lambda x, sigma: told.append(sigma) or ideal(x, sigma), noise(40), levels)
+    assert told == [levels[0]] + [level for level in levels[1:-1] for _ in range(2)]
+
+
+def test_churn_keeps_the_marginal_distribution():
+    x = MEAN + noise(math.hypot(20, DEVIATION), n=100_000)
+    levels = noise_levels(256, 0.01, 20, 7)
+    plain = heun(ideal, x, levels)
+    churned = heun(ideal, x, levels, torch.Generator().manual_seed(1), churn=40, churn_min=0.02, churn_max=30)
+    for sample in (plain, churned):
+        assert sample.mean().item() == pytest.approx(MEAN, abs=0.005)
+        assert sample.std().item() == pytest.approx(DEVIATION, rel=0.01)
+    assert abs(torch.corrcoef(torch.stack([plain, churned]))[0, 1]) < 0.1  # the start is forgotten
+
+
+def test_churn_raises_the_noise_level_by_its_share_within_its_limits():
+    levels, told = noise_levels(5, 0.02, 40, 7), []
+    for churn, gain in ((1.0, 1.2), (100.0, math.sqrt(2))):             # EDM Algorithm 2: at most sqrt(2) a step
+        told.clear()
+        heun(lambda x, sigma: told.append(sigma) or ideal(x, sigma), noise(40), levels, torch.Generator(), churn,
+             churn_min=levels[3], churn_max=levels[1])
+        factors = [gain if 1 <= i <= 3 else 1 for i in range(5)]
+        assert told[::2] == pytest.approx([level * factor for level, factor in zip(levels, factors)])
+        assert told[1::2] == pytest.approx(levels[1:-1])
+
+
+def test_a_generator_is_a_function_of_its_key_alone():
+    draws = {}
+    for key in [(seed, *rest) for seed in (0, 1, 7) for t in range(6) for rest in ((t,), (t, 1))]:
+        torch.manual_seed(len(draws))
+        draws[key] = torch.randn(4, generator=seeded(CPU, *key))
+        assert torch.equal(draws[key], torch.randn(4, generator=seeded(CPU, *key)))
+    assert len({tuple(draw.tolist()) for draw in draws.values()}) == len(draws)
+
+
+# ------------------------------------------------------------------------------------------------
+# Rollouts.
+
+LEVELS = noise_levels(3, 0.02, 20, 7)
+WINDOW = 3
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    settings = {"frame_shape": (1, 4, 4), "patch_size": 1, "channels": 16, "channel_mults": (1,), "head_dim": 16,
+                "video_attn_resolutions": (4,), "window": WINDOW, "temporal_kernel": 3}
+    model = Denoiser(ModelConfig(**settings | changes)).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        if name.endswith("gain"):
+            p.uniform_(0.5, 1)
+    model.unet.head_gain.fill_(0.3)                                     # an untrained model's frames must not explode
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return small_model()
+
+
+@pytest.fixture
+def context():
+    return 0.5 * torch.randn(2, 4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+
+
+def take(rollout, n):
+    """b n c h w"""
+    return torch.stack([next(rollout) for _ in range(n)], dim=1)
+
+
+def record_steps(model, monkeypatch):
+    """[(x, sigma, commit, D)] of every step taken from here on."""
+    steps, step = [], model.step
+
+    def recorded(x, sigma, cache, actions=None, commit=False):
+        out = step(x, sigma, cache, actions, commit)
+        steps.append((x.clone(), sigma.clone(), commit, out))
+        return out
+    monkeypatch.setattr(model, "step", recorded)
+    return steps
+
+
+def test_a_rollout_is_a_function_of_its_seed_and_context(model, context):
+    first = take(Rollout(model, context, LEVELS, seed=5), 4)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert torch.equal(take(Rollout(model, context, LEVELS, seed=5), 4), first)
+    assert torch.equal(torch.get_rng_state(), state)                    # and of no global state
+    assert (take(Rollout(model, context, LEVELS, seed=6), 1) - first[:, :1]).abs().max() > 0.1
+    assert (take(Rollout(model, context + 0.5, LEVELS, seed=5), 1) - first[:, :1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("churn", [{}, {"churn": 2.0}], ids=["deterministic", "churn"])
+def test_a_frame_is_a_function_of_seed_position_and_past_however_the_past_came_about(model, context, churn):
+    whole = take(Rollout(model, context, LEVELS, seed=5, **churn), 5)
+    for n in (1, 3):
+        given = torch.cat([context, whole[:, :n]], dim=1)
+        rest = take(Rollout(model, given, LEVELS, seed=5, **churn), 5 - n)
+        assert torch.allclose(rest, whole[:, n:], rtol=0, atol=1e-4)
+
+
+def test_every_frame_starts_from_noise_of_its_own(model, context, monkeypatch):
+    steps = record_steps(model, monkeypatch)
+    take(Rollout(model, context, LEVELS, seed=5), 15)
+    starts = torch.cat([x for x, sigma, commit, _ in steps if not commit and sigma[0, 0] == LEVELS[0]])
+    starts = starts.flatten(1) / LEVELS[0]
+    assert starts.shape == (30, 16)
+    assert starts.std().item() == pytest.approx(1, abs=0.1)
+    assert torch.corrcoef(starts).fill_diagonal_(0).abs().max() < 0.95
+    assert len(starts[:, 0].unique()) == 30
+
+
+def test_a_rollout_denoises_as_the_training_pass_does_given_the_same_past(context, monkeypatch):
+    """Over five windows, from four given frames, with actions: each frame's last estimate is the frame itself, and
+    the training pass over all frames gives the same estimates."""
+    model = small_model(action_dim=3)
+    actions = torch.randint(3, (2, 4 + 5 * WINDOW), generator=torch.Generator().manual_seed(2))
+    steps = record_steps(model, monkeypatch)
+    made = torch.stack(list(Rollout(model, context, LEVELS, actions=actions)), dim=1)
+    assert made.shape == (2, 5 * WINDOW, 1, 4, 4)
+    last = [step for step, following in zip(steps, steps[1:]) if following[2]]
+    assert len(last) == made.shape[1]
+    assert torch.allclose(torch.cat([out for *_, out in last], dim=1), made, rtol=0, atol=1e-5)
+    clean = torch.cat([context, made], dim=1)
+    noised = torch.cat([context, torch.cat([x for x, *_ in last], dim=1)], dim=1)
+    sigma = torch.stack([torch.zeros(clean.shape[:2]), torch.full(clean.shape[:2], LEVELS[-2])], dim=1)
+    expected = model(torch.stack([clean, noised], dim=1), sigma, actions)[0][:, 0, 4:]
+    assert torch.allclose(made, expected, rtol=0, atol=5e-5)
+    assert 0.1 < made.std() < 10
+
+
+def test_a_rollout_may_start_from_nothing(model):
+    made = take(Rollout(model, torch.zeros(2, 0, 1, 4, 4), LEVELS), 3)
+    assert made.shape == (2, 3, 1, 4, 4) and made.isfinite().all()
+    x = LEVELS[0] * torch.randn(2, 1, 4, 4, generator=seeded(CPU, 0, 0))
+    cache = Cache()
+    first = heun(lambda x, sigma: model.step(x[:, None], torch.full((2, 1), sigma), cache)[:, 0], x, LEVELS)
+    assert torch.equal(made[:, 0], first)
+
+
+def test_a_rollout_ends_with_its_actions(context):
+    model = small_model(action_dim=3)
+    actions = torch.zeros(2, 9, dtype=torch.long)
+    rollout = Rollout(model, context, LEVELS, actions=actions)
+    assert len(list(rollout)) == 5
+    assert list(rollout) == []
+    turned = actions.clone()
+    turned[:, 6] = 1
+    made, other = (torch.stack(list(Rollout(model, context, LEVELS, actions=a))) for a in (actions, turned))
+    assert torch.equal(made[:2], other[:2])                             # frames 4 and 5: before the other action
+    assert ((made[2:] - other[2:]).flatten(1).abs().amax(1) > 1e-4).all()
+
+
+def test_reading_the_context_at_once_is_reading_it_frame_by_frame(model, context):
+    at_once, in_turn = Rollout(model, context, LEVELS), Rollout(model, context[:, :0], LEVELS)
+    for frame in context.split(1, dim=1):
+        in_turn.read(frame)
+    assert torch.allclose(take(at_once, 3), take(in_turn, 3), rtol=0, atol=1e-4)
+
+
+def test_the_caches_never_grow_and_never_move(model, context):
+    rollout = Rollout(model, context, LEVELS)
+
+    def places():
+        return {layer: (x.data_ptr(), x.shape, x.untyped_storage().nbytes())
+                for layer, x in rollout.cache.tensors.items()}
+    next(rollout)
+    before = places()
+    made = take(rollout, 20)
+    assert places() == before and len(before) > 4
+    assert made.isfinite().all() and made.abs().max() < 20
+    assert rollout.cache.position == 4 + 21
+
+
+def test_the_past_is_read_with_the_context_noise_and_the_frames_are_given_without(model, context, monkeypatch):
+    steps = record_steps(model, monkeypatch)
+    rollout = Rollout(model, context, LEVELS, context_noise=0.3)
+    made = take(rollout, 20)
+    reads = [(x, sigma) for x, sigma, commit, _ in steps if commit]
+    assert all((sigma == 0.3).all() for _, sigma in reads)
+    added = torch.cat([x for x, _ in reads], dim=1) - torch.cat([context, made], dim=1)
+    assert added.std().item() == pytest.approx(0.3, rel=0.1)
+    assert len(added[:, :, 0, 0, 0].unique()) == 2 * 24                 # fresh for every frame
+    assert torch.equal(take(Rollout(model, context, LEVELS, context_noise=0.3), 3), made[:, :3])
+    assert (take(Rollout(model, context, LEVELS), 1) - made[:, :1]).abs().max() > 0.01
+
+
+def test_without_context_noise_the_past_is_read_as_it_is(model, context, monkeypatch):
+    steps = record_steps(model, monkeypatch)
+    made = take(Rollout(model, context, LEVELS), 2)
+    reads = [(x, sigma) for x, sigma, commit, _ in steps if commit]
+    assert torch.equal(torch.cat([x for x, _ in reads], dim=1), torch.cat([context, made], dim=1))
+    assert all((sigma == 0).all() for _, sigma in reads)
+
+
+# ------------------------------------------------------------------------------------------------
+# Averages of the weights with any width: profiles p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on 0..T.
+
+
+def profile(t, end, gamma):
+    """By its definition, normalised numerically: the sum of t^gamma over the midpoints t before `end` is 1."""
+    weights = np.where(t < end, (t / t[-1]) ** gamma, 0)
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("width", [0.02, 0.05, 0.1, 0.15, 0.25])
+def test_the_exponent_gives_a_profile_of_that_standard_deviation(width):
+    t = (np.arange(100_000) + 0.5) / 100_000
+    p = profile(t, 1, ema_exponent(width))
+    mean = (p * t).sum()
+    assert math.sqrt((p * (t - mean) ** 2).sum()) == pytest.approx(width, rel=1e-4)
+
+
+@pytest.mark.parametrize("ends", [(1000, 1000), (1000, 600), (250, 1000)], ids=str)
+@pytest.mark.parametrize("widths", [(0.05, 0.05), (0.05, 0.1), (0.2, 0.02)], ids=str)
+def test_the_overlap_of_profiles_is_their_products_integral(ends, widths):
+    (end_a, end_b), (gamma_a, gamma_b) = ends, map(ema_exponent, widths)
+    step = 0.01
+    t = np.arange(0, 1000, step) + step / 2
+    expected = (profile(t, end_a, gamma_a) * profile(t, end_b, gamma_b)).sum() / step
+    assert profile_overlap(end_a, gamma_a, end_b, gamma_b) == pytest.approx(expected, rel=1e-3)
+
+
+class Weight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+
+def track(trajectory, widths, every):
+    """({width: average at the end}, {(step, width): average}) of PowerEMA along the trajectory, steps x 3."""
+    model, snapshots = Weight(), {}
+    ema = PowerEMA(model, widths)
+    for step, value in enumerate(trajectory, start=1):
+        model.weight.data.copy_(value)
+        ema.update(step)
+        if step % every == 0:
+            snapshots |= {(step, width): ema.averages[width]["weight"].clone() for width in widths}
+    return {width: ema.averages[width]["weight"] for width in widths}, snapshots
+
+
+@pytest.fixture(scope="module")
+def trajectory():
+    """2000 steps of a wandering weight, in three coordinates."""
+    return torch.randn(2000, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0)
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1, 0.2])
+def test_the_running_average_is_the_sum_weighted_with_the_power_of_the_step(trajectory, width):
+    found = track(trajectory, [width], every=10_000)[0][width]
+    edges = (np.arange(2001) / 2000) ** (ema_exponent(width) + 1)       # step t has the integral over t - 1 .. t
+    weights = torch.tensor(np.diff(edges))
+    assert torch.allclose(found, (weights[:, None] * trajectory).sum(0), rtol=0, atol=1e-9)
+    # The integral is t^gamma but for half a step, by which a weight moves less than its deviation per step, 1.
+    powers = torch.tensor(profile(np.arange(1.0, 2001), 2001, ema_exponent(width)))
+    assert (found - (powers[:, None] * trajectory).sum(0)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("width", [0.07, 0.15])
+def test_an_average_of_any_width_is_rebuilt_from_snapshots_of_two(trajectory, width):
+    """Within 1% of the trajectory's spread (0.1% is found), while the tracked averages are far from the wanted."""
+    wanted = track(trajectory, [width], every=10_000)[0][width]
+    _, snapshots = track(trajectory, [0.05, 0.1], every=100)
+    spread = trajectory.std(0)
+    amounts = reconstruction([step for step, _ in snapshots], [w for _, w in snapshots], 2000, width)
+    rebuilt = sum(float(amount) * average for amount, average in zip(amounts, snapshots.values(), strict=True))
+    assert ((rebuilt - wanted).abs() / spread).max() < 0.01
+    for tracked in (0.05, 0.1):
+        assert ((snapshots[2000, tracked] - wanted).abs() / spread).max() > 0.03
+
+
+def test_the_average_of_a_tracked_width_is_its_own_snapshot():
+    steps, widths = [100, 100, 200, 200], [0.05, 0.1, 0.05, 0.1]
+    assert reconstruction(steps, widths, 200, 0.1) == pytest.approx([0, 0, 0, 1], abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------
+# Writers. Videos are uint8 arrays n t c h w.
+
+
+@pytest.fixture
+def videos():
+    return np.random.default_rng(0).integers(0, 256, (3, 5, 3, 6, 8), dtype=np.uint8)
+
+
+def pictures_of(path):
+    with Image.open(path) as file:
+        pictures = []
+        for i in range(getattr(file, "n_frames", 1)):
+            file.seek(i)
+            pictures.append((np.asarray(file.convert("RGB")), file.info.get("duration")))
+    return pictures
+
+
+def assert_close_colour(pixels, colour):
+    """GIF has 256 colours a picture, so a colour may be slightly off."""
+    assert np.abs(pixels.astype(int) - colour).max() <= 24, pixels
+
+
+def test_a_gif_has_the_frames_side_by_side_at_its_speed_with_the_given_ones_marked(tmp_path, videos):
+    write(tmp_path / "a.gif", videos // 128 * 255, given=2, scale=4, fps=5)
+    pictures = pictures_of(tmp_path / "a.gif")
+    assert len(pictures) == 5
+    for t, (picture, duration) in enumerate(pictures):
+        assert duration == 200
+        assert picture.shape == (6 * 4 + 4, 3 * (8 * 4 + 4), 3)
+        for i in range(3):
+            cell = picture[:, i * 36:(i + 1) * 36]
+            border = np.ones(cell.shape[:2], bool)
+            border[2:-2, 2:-2] = False
+            assert_close_colour(cell[border], GIVEN_COLOUR if t < 2 else MADE_COLOUR)
+            inside = cell[2:-2, 2:-2].reshape(6, 4, 8, 4, 3)
+            assert_close_colour(inside, videos[i, t].transpose(1, 2, 0)[:, None, :, None] // 128 * 255)
+
+
+def test_a_gif_plays_for_ever(tmp_path, videos):
+    write(tmp_path / "a.gif", videos)
+    with Image.open(tmp_path / "a.gif") as file:
+        assert file.info["loop"] == 0
+
+
+def test_a_gif_of_many_videos_has_rows_of_eight(tmp_path):
+    write(tmp_path / "a.gif", np.random.default_rng(0).integers(0, 256, (11, 3, 1, 4, 4), dtype=np.uint8), scale=2)
+    assert [picture.shape for picture, _ in pictures_of(tmp_path / "a.gif")] == [(2 * 10, 8 * 10, 3)] * 3
+
+
+def test_a_contact_sheet_has_a_row_per_video_and_a_column_per_frame(tmp_path, videos):
+    write(tmp_path / "a.png", videos, given=2, scale=3)
+    (sheet, _), = pictures_of(tmp_path / "a.png")
+    height, width = 6 * 3 + 2, 8 * 3 + 2
+    assert sheet.shape == (3 * height, 5 * width, 3)
+    for i in range(3):
+        for t in range(5):
+            cell = sheet[i * height:(i + 1) * height, t * width:(t + 1) * width]
+            assert (cell[0] == (GIVEN_COLOUR if t < 2 else MADE_COLOUR)).all()
+            assert np.array_equal(cell[1:-1, 1:-1][::3, ::3], videos[i, t].transpose(1, 2, 0))
+
+
+def test_grey_videos_are_grey_pictures(tmp_path, videos):
+    write(tmp_path / "a.png", videos[:, :, :1], scale=1)
+    (sheet, _), = pictures_of(tmp_path / "a.png")
+    cell = sheet[:8, :10]
+    assert np.array_equal(cell[1:-1, 1:-1], videos[0, 0, :1].transpose(1, 2, 0).repeat(3, 2))
+
+
+def test_an_array_is_uint8_samples_frames_height_width_channels(tmp_path, videos):
+    write(tmp_path / "a.npy", videos)
+    found = np.load(tmp_path / "a.npy")
+    assert found.dtype == np.uint8 and found.shape == (3, 5, 6, 8, 3)
+    assert np.array_equal(found, videos.transpose(0, 1, 3, 4, 2))
+
+
+def test_a_file_goes_into_a_folder_that_it_makes(tmp_path, videos):
+    write(tmp_path / "new" / "folder" / "a.npy", videos)
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["a.npy"]
+
+
+def test_an_unknown_extension_is_an_error_that_names_the_known_ones(tmp_path, videos):
+    with pytest.raises(UserError, match=r"a\.mp4.*\.gif, \.png, \.npy"):
+        write(tmp_path / "a.mp4", videos)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png"])
+def test_a_failed_writer_leaves_nothing_behind_and_the_old_file_whole(tmp_path, videos, name):
+    odd = videos.repeat(2, axis=2)                                      # six channels are no picture
+    with pytest.raises(UserError, match=r"6 channels.*\.npy"):
+        write(tmp_path / name, odd)
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / name, videos)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(UserError):
+        write(tmp_path / name, odd)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == before
