@@ -10,11 +10,11 @@ import gzip
 import hashlib
 import itertools
 import os
-import queue
-import threading
 import time
 import urllib.request
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 
@@ -29,10 +29,7 @@ from config import UserError, run
 data_dir = "data/mnist"     # folder of the two MNIST images files; missing ones are downloaded into it
 
 # ---------------------------------------------------------------------------------------------------
-# Small tools: errors the user can mend, files that are whole, randomness that is a function of integers.
-
-STREAMS = {"train": 0, "val": 1, "train font": 2, "val font": 3}    # never renumber
-
+# Small tools: errors the user can mend, and files that are whole.
 
 def require(condition, message):
     if not condition:
@@ -56,14 +53,11 @@ def replacing(path):
             temporary.unlink()
 
 
-def generator(seed, stream, index):
-    return np.random.default_rng((seed, STREAMS[stream], index))
-
-
 # ---------------------------------------------------------------------------------------------------
 # MNIST files: downloaded from the first mirror that has them, under their names only when whole and verified.
 
 FILES = {"train": "train-images-idx3-ubyte.gz", "val": "t10k-images-idx3-ubyte.gz"}     # the official splits
+STREAMS = {"train": 0, "val": 1}                            # of random numbers; 2 and 3 draw font digits
 MD5 = {FILES["train"]: "f68b3c2dcbeaaa9fbdd348bbdeb94873", FILES["val"]: "9fb629c4189551a2d022fa330f9573f3"}
 MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/")
 
@@ -74,10 +68,8 @@ def read_idx(path):
         raw = path.read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         magic, n, h, w = np.frombuffer(raw, ">i4", count=4).tolist()    # a ValueError if there are not so many
-        if magic != 2051:
-            raise ValueError(f"not an MNIST images file, it starts with {raw[:4]!r}")
-        if min(n, h, w) < 1 or len(raw) != 16 + n * h * w:
-            raise ValueError(f"announces {n} images of {h} x {w}, holds {len(raw) - 16} bytes of pixels")
+        if magic != 2051 or min(n, h, w) < 1 or len(raw) != 16 + n * h * w:
+            raise ValueError(f"no whole MNIST images file, with {len(raw)} bytes from {raw[:16]!r} on")
     except (OSError, EOFError, zlib.error, ValueError) as error:        # the first three are gzip's
         fix = f"delete it, and `python data.py --data_dir={path.parent}` downloads it again"
         raise UserError(f"{path} cannot be used: {error}; {fix}") from error
@@ -88,8 +80,7 @@ def read_url(url, timeout):
     """The bytes at `url`. OSError after `timeout` seconds of silence, or if they take 30 times that in all."""
     content, deadline = bytearray(), time.monotonic() + 30 * timeout
     with urllib.request.urlopen(url, timeout=timeout) as response:
-        size, name = response.length, url.split("/")[-1]
-        with tqdm(total=size, desc=name, unit="B", unit_scale=True, disable=None) as bar:
+        with tqdm(total=response.length, desc=url.split("/")[-1], unit="B", unit_scale=True, disable=None) as bar:
             while part := response.read1(1 << 16):
                 if time.monotonic() > deadline:             # bytes that trickle in never make a silence
                     raise TimeoutError(f"not complete after {30 * timeout:g} s")
@@ -119,27 +110,24 @@ def download(name, folder, mirrors=MIRRORS, md5=MD5, timeout=10.0):
 # ---------------------------------------------------------------------------------------------------
 # The digit bank: MNIST from disk, else downloaded, else drawn with a font, and said to be so.
 
-FONT_DIGITS = {"train": 3000, "val": 500}                   # how many are drawn
-
-
 def draw_digit(text, rng):
     """A digit of Pillow's font, uint8 (28, 28): scaled, sheared, turned and thickened at random."""
     image, font = Image.new("L", (84, 84)), ImageFont.load_default(75)      # shrinking it smooths its edges
     ImageDraw.Draw(image).text((42, 42), text, 255, font, anchor="mm", stroke_width=int(rng.integers(0, 4)))
     left, top, right, bottom = image.getbbox()
     angle, shear = rng.uniform(-0.3, 0.3), rng.uniform(-0.35, 0.35)         # radians; sideways per upwards
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    distortion = turn @ np.array([[1, -shear], [0, 1]]) @ np.diag(rng.uniform((0.75, 0.8), (1.15, 1.05)))
-    inverse = np.linalg.inv(distortion)                     # Pillow asks where each output pixel comes from
-    offset = np.array([left + right, top + bottom]) / 2 - inverse @ [42, 42]    # centre to centre
+    turn = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
+    scale = np.diag(1 / rng.uniform((0.75, 0.8), (1.15, 1.05)))
+    inverse = scale @ [[1, shear], [0, 1]] @ turn           # Pillow asks where each output pixel comes from
+    offset = np.array([left + right, top + bottom]) / 2 - inverse @ [42, 42]
     affine = np.column_stack([inverse, offset]).ravel().tolist()
-    return np.asarray(image.transform(image.size, Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR).reduce(3))
+    return np.asarray(image.transform((84, 84), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR).reduce(3))
 
 
 def font_digits(split, seed):
     """uint8 (n, 28, 28), as many of each of the ten; train and val come from different random streams."""
-    rng = generator(seed, f"{split} font", 0)
-    return np.stack([draw_digit(str(i % 10), rng) for i in range(FONT_DIGITS[split])])
+    rng, count = np.random.default_rng((seed, STREAMS[split] + 2, 0)), {"train": 3000, "val": 500}[split]
+    return np.stack([draw_digit(str(i % 10), rng) for i in range(count)])
 
 
 def present(data_dir):
@@ -152,7 +140,7 @@ def present(data_dir):
 def fetch(data_dir):
     """Download the images files that are missing. Returns the reason if it fails, else None."""
     try:
-        for split in FILES.keys() - present(data_dir).keys():
+        for split in sorted(FILES.keys() - present(data_dir)):
             download(FILES[split], data_dir)
     except UserError as error:
         return str(error)
@@ -162,21 +150,18 @@ def fetch(data_dir):
 def find_images(data_dir):
     """({split: path}, why MNIST is not there or None). Downloads if there is no file at all."""
     reason = None if present(data_dir) else fetch(data_dir)
-    failed = f"MNIST could not be downloaded into {data_dir} ({reason}). " if reason else ""
     files = present(data_dir)
-    if not files:
-        print(f"{failed}Using digits drawn with Pillow's font instead. "
-              f"For MNIST, put {' and '.join(FILES.values())} into that folder.", flush=True)
-    if len(files) == 1:
-        print(f"{failed}Only {', '.join(map(str, files.values()))} is there: 'val' is the last tenth of its digits. "
-              f"`python data.py --data_dir={data_dir}` downloads the other file.", flush=True)
+    if len(files) < 2:
+        failed = f"MNIST could not be downloaded into {data_dir} ({reason}). " if reason else ""
+        only, names = "".join(map(str, files.values())), " and ".join(FILES.values())
+        part = f"Only {only} is there: 'val' is the last tenth of its digits"
+        print(f"{failed}{part if files else 'Using digits drawn with a font instead'}. For all of MNIST, put {names} "
+              f"there, or let `python data.py --data_dir={data_dir}` download what is missing.", flush=True)
     return files, reason
 
 
 def load_digits(data_dir, split, seed):
-    """(uint8 digits (n, h, w), origin in words) of 'train' or 'val', which share no digit.
-
-    `seed` matters only for digits drawn with the font. UserError for a damaged file."""
+    """(uint8 digits (n, h, w), origin in words) of 'train' or 'val', which share no digit; `seed` is the font's."""
     files, reason = find_images(str(data_dir))
     if not files:
         return font_digits(split, seed), f"digits drawn with Pillow's font (no MNIST: {reason})"
@@ -202,10 +187,8 @@ def reflect(places, free):
 @functools.cache
 def whole_velocities(low, high):
     """All whole-pixel velocities (n, yx) with low <= length <= high."""
-    reach = np.arange(-int(high), int(high) + 1)
-    velocities = np.stack(np.meshgrid(reach, reach, indexing="ij"), -1).reshape(-1, 2)
-    lengths = np.linalg.norm(velocities, axis=1)
-    return velocities[(low <= lengths) & (lengths <= high)]
+    reach = range(-int(high), int(high) + 1)
+    return np.array([yx for yx in itertools.product(reach, reach) if low <= np.hypot(*yx) <= high])
 
 
 def draw_velocity(rng, low, high, whole_pixels, across=slice(0)):
@@ -223,23 +206,21 @@ class MovingDigits:
     """Digits that move over a black square and bounce off its walls; where two overlap, the brighter shows.
 
     With cfg.whole_pixels, places and velocities are whole pixels, so that away from walls a frame is an exact shift
-    of the last one; else real numbers, rounded to draw, as in Moving MNIST. At a wall, cfg.bounce 'reflect' mirrors
+    of the last one; else real numbers, rounded to draw, as in Moving MNIST. At a wall cfg.bounce 'reflect' mirrors
     the velocity, and 'random' draws a new direction, with whole pixels also a new speed: too few are equally fast."""
 
-    action_dim = 0
-
     def __init__(self, cfg, split):
-        require(split in FILES, f"split={split!r} is unknown; choose 'train' or 'val'")
+        require(split in FILES, f"split={split!r}: choose 'train' or 'val'")
         for name, least in (("frames", 1), ("digits", 1), ("digit_size", 1), ("seed", 0)):
             require(getattr(cfg, name) >= least, f"{name}={getattr(cfg, name)}: set {least} or more")
         require(cfg.digit_size <= cfg.frame_size, f"digit_size={cfg.digit_size}: at most frame_size={cfg.frame_size}")
-        require(cfg.bounce in ("reflect", "random"), f"bounce={cfg.bounce!r} is unknown; choose 'reflect' or 'random'")
+        require(cfg.bounce in ("reflect", "random"), f"bounce={cfg.bounce!r}: choose 'reflect' or 'random'")
         is_range = len(cfg.speed) == 2 and 0 <= cfg.speed[0] <= cfg.speed[1] < np.inf
         require(is_range, f"speed={cfg.speed!r}: set (lo, hi), 0 <= lo <= hi, as in --speed=1,3")
         require(not cfg.whole_pixels or len(whole_velocities(*cfg.speed)),
                 f"speed={cfg.speed!r} holds no whole-pixel velocity; widen it, or set whole_pixels=False")
-        self.cfg, self.split, self.frames = cfg, split, cfg.frames
-        self.shape = (1, cfg.frame_size, cfg.frame_size)
+        self.cfg, self.stream = cfg, (cfg.seed, STREAMS[split])
+        self.frames, self.shape, self.action_dim = cfg.frames, (1, cfg.frame_size, cfg.frame_size), 0
         self.free = cfg.frame_size - cfg.digit_size         # a digit's top left corner stays in [0, free]
         self.bank, self.origin = load_digits(cfg.data_dir, split, cfg.seed)
 
@@ -260,14 +241,12 @@ class MovingDigits:
         place = rng.integers(0, self.free + 1, 2) if whole else rng.uniform(0, self.free, 2)
         velocity = draw_velocity(rng, *self.cfg.speed, whole)
         if self.cfg.bounce == "random":
-            places = list(self._random_bounces(rng, place, velocity))
-        else:
-            places = reflect(place + velocity * np.arange(self.frames)[:, None], self.free)
-        return np.rint(places).astype(int)
+            return np.rint(list(self._random_bounces(rng, place, velocity))).astype(int)
+        return np.rint(reflect(place + velocity * np.arange(self.frames)[:, None], self.free)).astype(int)
 
     def clip(self, index):
         """Clip `index` as (uint8 (t, 1, h, w), None): digits have no actions."""
-        rng, size = generator(self.cfg.seed, self.split, index), self.cfg.digit_size
+        rng, size = np.random.default_rng((*self.stream, index)), self.cfg.digit_size
         frames = np.zeros((self.frames, *self.shape), np.uint8)
         for _ in range(self.cfg.digits):
             digit = Image.fromarray(self.bank[rng.integers(len(self.bank))])
@@ -279,9 +258,7 @@ class MovingDigits:
 
 
 def open_source(cfg, split):
-    """The source of 'train' or 'val' clips that the settings describe. UserError if it cannot be had.
-
-    Of several processes one should come first, alone: it may have to download the digits."""
+    """The source of 'train' or 'val' clips. One process should come first, alone: it may have to download them."""
     if cfg.dataset == "digits":
         return MovingDigits(cfg, split)
     require(cfg.dataset != "video", f"data_dir={cfg.data_dir}: no prepared clips were found there")
@@ -293,7 +270,6 @@ def open_source(cfg, split):
 
 def measure(source, clips=256):
     """dict(mean, std), each a list of c floats: the pixels of the first clips on a scale from 0 to 1.
-
     A channel that never changes gets std 1: the network sees zeros, and its pixels come back exactly."""
     counts = np.zeros((source.shape[0], 256), np.int64)
     for index in range(clips):
@@ -331,7 +307,7 @@ def load_batch(source, indices):
     return torch.from_numpy(np.stack(frames)), None if actions[0] is None else torch.from_numpy(np.stack(actions))
 
 
-class Batches:
+class Batches(Iterator, contextlib.AbstractContextManager):
     """An endless iterator over micro-batches (sample numbers, frames, actions), loaded ahead by a thread, whose
     errors `next` raises. The numbers are b ints; frames (uint8 (b, t, c, h, w)) and actions are on `device`.
 
@@ -341,51 +317,30 @@ class Batches:
     def __init__(self, source, batch_size, device, start=0, rank=0, world_size=1, accumulate=1, prefetch=4):
         parts = accumulate * world_size
         require(batch_size > 0 and batch_size % parts == 0,
-                f"batch_size={batch_size} does not divide into accumulate={accumulate} x {world_size} processes = "
-                f"{parts} equal parts; set a multiple of {parts}")
+                f"batch_size={batch_size} cannot be split evenly; set a multiple of {parts} = accumulate x processes")
         self.source, self.device, self.size = source, torch.device(device), batch_size // parts
         self.firsts = itertools.count(start * batch_size + rank * self.size, batch_size // accumulate)
-        self.queue, self.stopped = queue.Queue(prefetch), threading.Event()
-        self.thread = threading.Thread(target=self._fill, daemon=True)
-        self.thread.start()
+        self.thread = ThreadPoolExecutor(1)
+        self.ahead = [self.thread.submit(self._load) for _ in range(prefetch)]
 
-    def _fill(self):
-        """The thread: load micro-batches until told to stop. An error takes the place of a batch."""
-        try:
-            if self.device.index:
-                torch.cuda.set_device(self.device)          # a new thread starts on GPU 0 and would take memory there
-            while not self.stopped.is_set():
-                first = next(self.firsts)
-                numbers = list(range(first, first + self.size))
-                tensors = load_batch(self.source, numbers)
-                if self.device.type == "cuda":              # from pinned memory the copy overlaps with the GPU's work
-                    tensors = [None if tensor is None else tensor.pin_memory() for tensor in tensors]
-                self.queue.put((numbers, *tensors))
-        except BaseException as error:
-            self.queue.put(error)
-
-    def __iter__(self):
-        return self
+    def _load(self):
+        """In the thread: the next micro-batch."""
+        if self.device.index:
+            torch.cuda.set_device(self.device)              # a new thread starts on GPU 0 and would take memory there
+        first = next(self.firsts)
+        numbers = range(first, first + self.size)
+        tensors = load_batch(self.source, numbers)
+        if self.device.type == "cuda":                      # from pinned memory the copy overlaps with the GPU's work
+            tensors = [None if tensor is None else tensor.pin_memory() for tensor in tensors]
+        return list(numbers), *tensors
 
     def __next__(self):
-        if self.stopped.is_set():
-            raise StopIteration
-        item = self.queue.get()
-        if isinstance(item, BaseException):
-            self.queue.put(item)                            # for whoever asks again, as nothing else will come
-            raise item
-        numbers, *tensors = item
+        numbers, *tensors = self.ahead[0].result()          # an error stays there, for whoever asks again
+        self.ahead = [*self.ahead[1:], self.thread.submit(self._load)]
         return numbers, *(None if tensor is None else tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
-        """End the thread. Emptying the queue makes room for the one `put` it may be waiting in."""
-        self.stopped.set()
-        while not self.queue.empty():
-            self.queue.get_nowait()
-        self.thread.join(timeout=5)
+        self.thread.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------

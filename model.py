@@ -232,6 +232,7 @@ def rotate(x, start):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+@torch.compiler.disable                                     # a loop over frames: minutes to compile, nothing to gain
 def attend_frame_by_frame(q, k, v, window):
     """The exact path: for each frame, exactly the keys that it sees. No masked pair is computed."""
     clean_k, clean_v = k[:, 0].unbind(1), v[:, 0].unbind(1)                              # t times b m p d
@@ -253,8 +254,8 @@ def block_mask(copies, frames, positions, window, device):
     def mask(b, m, q, k):
         return sees(q // (frames * positions), q // positions % frames,
                     k // (frames * positions), k // positions % frames, window)
-    length = copies * frames * positions
-    return create_block_mask(mask, None, None, length, length, device=device)
+    length = copies * frames * positions                    # compiled, the mask of all pairs is never laid out
+    return create_block_mask(mask, None, None, length, length, device=device, _compile=device.type == "cuda")
 
 
 @functools.cache
@@ -501,7 +502,7 @@ class Denoiser(nn.Module):
         return out
 
     def denoise(self, x, sigma, actions, seq):
-        """EDM's preconditioning (EDM Table 1, EDM2 Eq. 13), copies without a reader left out of the result."""
+        """EDM's preconditioning (EDM Table 1), copies without a reader left out of the result."""
         n, sd = self.cfg.patch_size, self.cfg.sigma_data
         emb = self.embed(sigma, actions).flatten(0, 2)
         c_in = (sigma ** 2 + sd ** 2).rsqrt()[..., None, None, None]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
+from tqdm import tqdm
 
 from config import UserError, run
 from data import load_batch, open_source, replacing, to_network, to_pixels
@@ -128,7 +129,7 @@ class Rollout:
 # Averaged weights of any width, after training (EDM2 section 3 and Algorithm 3).
 
 def ema_exponent(width):
-    """gamma of the power-function average whose standard deviation is `width` of the run (EDM2 Eq. 126)."""
+    """gamma of the power-function average whose standard deviation is `width` of the run (EDM2 section 3.1)."""
     roots = np.roots([1, 7, 16 - width ** -2, 12 - width ** -2])
     return float(roots.real.max())
 
@@ -271,11 +272,11 @@ def write(path, videos, given=0, scale=4, fps=10):
         WRITERS[Path(path).suffix](file, videos, given, scale, fps)
 
 
-def make_videos(model, clips, given, frames, stats, rollout_settings, actions=None):
+def make_videos(model, clips, given, frames, stats, rollout_settings, actions=None, progress=False):
     """uint8 clips b t c h w -> uint8 array b `frames` c h w: the first `given` frames, then the model's own."""
     clip = to_network(clips[:, :given], stats, model.cfg.sigma_data)
     rollout = Rollout(model, clip, actions=actions, **rollout_settings)
-    made = [next(rollout)[:, None] for _ in range(frames - given)]
+    made = [next(rollout)[:, None] for _ in tqdm(range(frames - given), unit="frame", disable=not progress)]
     return to_pixels(torch.cat([clip, *made], dim=1), stats, model.cfg.sigma_data).cpu().numpy()
 
 
@@ -319,7 +320,7 @@ def main(cfg):
     print(f"given frames: {source.origin}")
     clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
     videos = make_videos(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),
-                         None if actions is None else actions.to(device))
+                         None if actions is None else actions.to(device), progress=True)
     write(cfg.out, videos, cfg.context, cfg.scale, cfg.fps)
     print(f"{cfg.out}: {cfg.samples} samples of {cfg.frames} frames, the first {cfg.context} given")
 

@@ -171,7 +171,7 @@ def learning_rate(step, cfg):
 
 
 class PowerEMA:
-    """Averages of the weights with weight t^gamma for those of step t, one per width (EDM2 Eq. 121 to 127)."""
+    """Averages of the weights with weight t^gamma for those of step t, one per width (EDM2 section 3.1)."""
 
     def __init__(self, model, widths):
         self.parameters = dict(model.named_parameters())

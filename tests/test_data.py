@@ -47,7 +47,7 @@ def bank(tmp_path):
 
 
 def source(data_dir, split="train", seed=0, **changes):
-    return data.MovingDigits(split, data_dir=data_dir, seed=seed, **{**SETTINGS, **changes})
+    return data.MovingDigits(SimpleNamespace(data_dir=data_dir, seed=seed, **{**SETTINGS, **changes}), split)
 
 
 # ---- determinism
@@ -55,19 +55,15 @@ def source(data_dir, split="train", seed=0, **changes):
 
 @pytest.mark.parametrize("bounce, whole", list(itertools.product(["reflect", "random"], [True, False])))
 def test_clip_is_a_function_of_seed_split_and_index(bank, bounce, whole):
-    make = partial(source, bank, bounce=bounce, whole_pixels=whole, digits=(1, 3))
+    make = partial(source, bank, bounce=bounce, whole_pixels=whole, digits=3)
     first, again = make(), make()
     expected = [first.clip(i)[0] for i in range(4)]
     np.random.seed(7)
     for i in (3, 1, 2, 0):  # in another order, from another object
         assert np.array_equal(again.clip(i)[0], expected[i])
     assert expected[0].shape == (12, 1, 24, 24) and expected[0].dtype == np.uint8
-    assert (
-        first.clip(0)[1] is None
-        and first.shape == (1, 24, 24)
-        and first.action_dim == 0
-        and first.frames == 12
-    )
+    assert first.clip(0)[1] is None
+    assert first.shape == (1, 24, 24) and first.action_dim == 0 and first.frames == 12
     others = expected[1:] + [make(seed=1).clip(0)[0], make(split="val").clip(0)[0]]
     assert not any(np.array_equal(expected[0], other) for other in others)
 
@@ -78,13 +74,13 @@ def test_train_and_val_have_distinct_streams_over_the_same_digits(tmp_path):
     assert not np.array_equal(source(folder).clip(0)[0], source(folder, "val").clip(0)[0])
 
 
-def test_number_of_digits_is_drawn_from_its_range(tmp_path):
+@pytest.mark.parametrize("digits", [1, 3])
+def test_a_clip_holds_as_many_digits_as_set(tmp_path, digits):
     blocks = np.broadcast_to(np.arange(1, 101, dtype=np.uint8)[:, None, None], (100, 28, 28))
     folder = folder_with(tmp_path, train=blocks, val=blocks)
-    clips = [source(folder, frame_size=96, frames=60, digits=(1, 3)).clip(i)[0] for i in range(30)]
-    counts = {len(np.unique(clip)) - 1 for clip in clips}
-    assert counts == {1, 2, 3}
-    assert all(len(np.unique(source(folder, digits=1).clip(i)[0])) == 2 for i in range(20))
+    clips = source(folder, frame_size=96, frames=60, digits=digits)
+    counts = [len(np.unique(clips.clip(i)[0])) - 1 for i in range(20)]
+    assert max(counts) == digits and sum(counts) >= 20 * digits - 5  # few clips draw the same digit twice
 
 
 # ---- the digit bank
@@ -187,9 +183,8 @@ def test_reflection_is_a_triangle_wave(free):
 
 def solid_digit(tmp_path):
     """Every digit is a solid square, so its place can be read off a frame."""
-    return folder_with(
-        tmp_path, train=np.full((2, 28, 28), 255, np.uint8), val=np.full((2, 28, 28), 255, np.uint8)
-    )
+    solid = np.full((2, 28, 28), 255, np.uint8)
+    return folder_with(tmp_path, train=solid, val=solid)
 
 
 def places_of(clip, size):
@@ -203,15 +198,8 @@ def places_of(clip, size):
 @pytest.mark.parametrize("size, speed", [(10, (1, 3)), (20, (9, 30)), (24, (1, 2))])
 def test_digits_never_leave_the_frame(tmp_path, bounce, whole, size, speed):
     """Also with a speed larger than the free range, and with no free range at all."""
-    clips = source(
-        solid_digit(tmp_path),
-        frames=200,
-        digits=1,
-        digit_size=size,
-        speed=speed,
-        bounce=bounce,
-        whole_pixels=whole,
-    )
+    folder = solid_digit(tmp_path)
+    clips = source(folder, frames=200, digits=1, digit_size=size, speed=speed, bounce=bounce, whole_pixels=whole)
     places = np.array([places_of(clips.clip(i)[0], size) for i in range(4)])
     assert places.min() == 0 and places.max() == 24 - size  # and they do reach every wall
     assert size == 24 or (places[:, 1:] != places[:, :-1]).any()
@@ -265,14 +253,10 @@ def test_whole_pixel_frames_are_exact_shifts_away_from_walls(bank):
         frames = clips.clip(i)[0][:, 0]
         places = places_of(clips.clip(i)[0], 10)
         for t in range(1, 39):
-            if (
-                places[t - 1 : t + 2].min() >= 2 and places[t - 1 : t + 2].max() <= 20
-            ):  # no wall within a step
-                shifts = [
-                    shift
-                    for shift in itertools.product(range(-3, 4), repeat=2)
-                    if np.array_equal(np.roll(frames[t - 1], shift, (0, 1)), frames[t])
-                ]
+            nearby = places[t - 1 : t + 2]
+            if nearby.min() >= 2 and nearby.max() <= 20:  # no wall within a step
+                shifts = [shift for shift in itertools.product(range(-3, 4), repeat=2)
+                          if np.array_equal(np.roll(frames[t - 1], shift, (0, 1)), frames[t])]
                 assert len(shifts) == 1 and 1 <= np.hypot(*shifts[0]) <= 2
                 assert np.array_equal(np.roll(frames[t], shifts[0], (0, 1)), frames[t + 1])
                 compared += 1
@@ -318,11 +302,11 @@ IMPOSSIBLE = [
     (dict(split="test"), "split", "'val'"),
     (dict(frames=0), "frames", "1"),
     (dict(digits=0), "digits", "1"),
-    (dict(digits=(3, 2)), "digits", "lo <= hi"),
     (dict(digit_size=25), "digit_size", "frame_size=24"),
     (dict(digit_size=0), "digit_size", "1"),
     (dict(speed=(3, 1)), "speed", "lo <= hi"),
     (dict(speed=(-1, 1)), "speed", "lo <= hi"),
+    (dict(speed=(2,)), "speed", "(lo, hi)"),
     (dict(speed=(1, 2, 3)), "speed", "(lo, hi)"),
     (dict(speed=(0.2, 0.8)), "speed", "whole_pixels=False"),
     (dict(bounce="wrap"), "bounce", "'reflect'"),
@@ -335,10 +319,6 @@ def test_settings_that_cannot_work_are_named_with_a_fix(bank, changes, name, fix
     with pytest.raises(UserError) as error:
         source(bank, **changes)
     assert str(error.value).startswith(f"{name}=") and fix in str(error.value)
-
-
-def test_a_single_speed_may_stand_for_a_range(bank):
-    assert np.array_equal(source(bank, speed=(2.0,)).clip(0)[0], source(bank, speed=(2, 2)).clip(0)[0])
 
 
 def test_open_source(bank):
@@ -415,13 +395,9 @@ def test_batches_hold_the_clips_of_their_numbers():
 @pytest.mark.parametrize("world_size, accumulate", [(1, 2), (2, 1), (4, 1), (2, 2), (4, 2), (1, 8)])
 def test_processes_and_micro_batches_share_the_same_samples_in_order(world_size, accumulate):
     steps = 3
-    ranks = [
-        take(steps * accumulate, rank=r, world_size=world_size, accumulate=accumulate)
-        for r in range(world_size)
-    ]
-    parts = [
-        part for micro_batch in zip(*ranks) for part in micro_batch
-    ]  # micro-batch by micro-batch, rank by rank
+    settings = dict(world_size=world_size, accumulate=accumulate)
+    ranks = [take(steps * accumulate, rank=rank, **settings) for rank in range(world_size)]
+    parts = [part for micro_batch in zip(*ranks) for part in micro_batch]  # rank by rank
     whole = take(steps)
     assert [i for part in parts for i in part[0]] == [i for batch in whole for i in batch[0]]
     assert torch.equal(torch.cat([part[1] for part in parts]), torch.cat([batch[1] for batch in whole]))
@@ -431,9 +407,8 @@ def test_starting_later_is_skipping():
     settings = dict(rank=1, world_size=2, accumulate=2)
     late, all_of_them = take(2, start=3, **settings), take(8, **settings)[6:]
     for (numbers, frames, actions), expected in zip(late, all_of_them):
-        assert (
-            numbers == expected[0] and torch.equal(frames, expected[1]) and torch.equal(actions, expected[2])
-        )
+        assert numbers == expected[0]
+        assert torch.equal(frames, expected[1]) and torch.equal(actions, expected[2])
 
 
 def test_batches_without_actions(bank):
@@ -463,19 +438,16 @@ def test_an_error_in_the_thread_reaches_the_consumer_every_time():
 
 
 @pytest.mark.parametrize("kind", [Colours, Broken])
-def test_close_is_prompt_when_the_queue_is_full(kind):
-    batches = data.Batches(kind(), 2, "cpu", prefetch=2)
-    deadline = time.monotonic() + 5
-    while not batches.queue.full() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)  # now the thread waits for room
-    began = time.monotonic()
-    batches.close()
-    assert time.monotonic() - began < 1 and not batches.thread.is_alive() and batches.thread.daemon
-    assert list(batches) == []
+def test_the_end_is_prompt_and_leaves_no_thread(kind):
+    before = set(threading.enumerate())
+    with data.Batches(kind(), 2, "cpu", prefetch=4) as batches:
+        (thread,) = set(threading.enumerate()) - before
+        next(batches)
+        began = time.monotonic()
+    assert time.monotonic() - began < 1 and not thread.is_alive()
 
 
-def test_batches_load_ahead_and_count_the_waiting():
+def test_batches_load_ahead():
     class Slow(Colours):
         def clip(self, index):
             time.sleep(0.05)
@@ -483,11 +455,10 @@ def test_batches_load_ahead_and_count_the_waiting():
 
     with data.Batches(Slow(), 2, "cpu", prefetch=2) as batches:
         next(batches)
-        assert 0.05 < batches.waited < 1
         time.sleep(0.5)
-        before = batches.waited
+        began = time.monotonic()
         next(batches)
-        assert batches.waited - before < 0.05
+        assert time.monotonic() - began < 0.05
 
 
 @pytest.mark.gpu
@@ -505,9 +476,8 @@ def test_font_digits_are_plausible_and_disjoint():
     train, val = data.font_digits("train", 0), data.font_digits("val", 0)
     assert train.shape == (3000, 28, 28) and val.shape == (500, 28, 28) and train.dtype == np.uint8
     assert not {digit.tobytes() for digit in train} & {digit.tobytes() for digit in val}
-    assert np.array_equal(val, data.font_digits("val", 0)) and not np.array_equal(
-        val, data.font_digits("val", 1)
-    )
+    assert np.array_equal(val, data.font_digits("val", 0))
+    assert not np.array_equal(val, data.font_digits("val", 1))
     bright = (train > 127).mean((1, 2))
     assert 0.02 < bright.min() and bright.max() < 0.45  # strokes: neither nothing nor a blot
     assert train.mean() / 255 == pytest.approx(0.13, abs=0.03)  # MNIST: 0.131
@@ -534,9 +504,6 @@ class Mirror(BaseHTTPRequestHandler):
         self.seen.append(self.path)
         if behaviour == "stall":
             self.release.wait(20)
-            return
-        if behaviour == "slow_header":
-            self.trickle(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000)
             return
         self.send_response(404 if behaviour == "missing" else 200)
         self.send_header("Content-Length", str(len(self.content)))
@@ -614,12 +581,11 @@ def test_a_failed_download_leaves_nothing_behind(mirror, tmp_path, behaviour, re
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("behaviour", ["slow_header", "slow_body"])
-def test_a_mirror_that_trickles_is_given_up(mirror, tmp_path, behaviour):
+def test_a_mirror_that_trickles_is_given_up(mirror, tmp_path):
     """At 20 bytes a second the file would take two minutes, with never a pause as long as the timeout."""
     began = time.monotonic()
     with pytest.raises(UserError, match="not complete after"):
-        data.download(TRAIN, tmp_path, mirrors=[mirror(behaviour)], md5=DIGESTS, timeout=0.08)
+        data.download(TRAIN, tmp_path, mirrors=[mirror("slow_body")], md5=DIGESTS, timeout=0.08)
     assert 2 < time.monotonic() - began < 4
     assert list(tmp_path.iterdir()) == []
 

@@ -152,8 +152,8 @@ def farthest(a, b):
 FRAMES = 6
 
 
-@pytest.fixture(scope="module", params=[(copies, window, kernel) for copies in (1, 2) for window in (3, 8)
-                                        for kernel in (1, 2, 3)], ids=lambda p: "copies{}-window{}-kernel{}".format(*p))
+@pytest.fixture(scope="module", params=[(1, 3, 1), (1, 8, 3), (2, 3, 1), (2, 3, 2), (2, 3, 3), (2, 8, 1), (2, 8, 2)],
+                ids=lambda p: "copies{}-window{}-kernel{}".format(*p))
 def case(request):
     """(network, inputs for six clips, outputs): one and two noised copies, a window within and beyond the clip."""
     copies, window, kernel = request.param
@@ -280,10 +280,11 @@ def assert_same_frames(found, expected, tolerance=2e-5):
         assert farthest(frame, expected[:, :, t]) < tolerance, f"frame {t}"
 
 
-@pytest.mark.parametrize("copies, action_dim", [(1, 0), (2, 3)])
 @pytest.mark.parametrize("window", [1, 2, 3, 4])
 @pytest.mark.parametrize("kernel", [1, 2, 3])
-def test_the_training_pass_is_the_incremental_pass_beyond_two_windows(kernel, window, copies, action_dim):
+def test_the_training_pass_is_the_incremental_pass_beyond_two_windows(kernel, window):
+    """With one copy and without actions, and, at every other turn, with two copies and with actions."""
+    copies, action_dim = ((1, 0), (2, 3))[(kernel + window) % 2]
     denoiser = network(temporal_kernel=kernel, window=window, action_dim=action_dim)
     inputs = training_inputs(denoiser, copies, frames=2 * window + 3)
     found = frame_by_frame(denoiser, *inputs)
@@ -305,7 +306,7 @@ def test_the_training_pass_is_the_incremental_pass_for_other_networks(changes):
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3])
-@pytest.mark.parametrize("chunks", [[9], [1, 8], [2, 1, 3, 3], [4, 4], [7, 1, 1]], ids=str)
+@pytest.mark.parametrize("chunks", [[9], [1, 8], [2, 1, 3, 3], [4, 4]], ids=str)
 def test_the_context_may_be_read_in_chunks_of_any_length(chunks, kernel):
     denoiser = network(window=3, temporal_kernel=kernel, action_dim=2)
     inputs = training_inputs(denoiser, 1, frames=10)
@@ -457,9 +458,9 @@ def test_a_gpu_computes_what_the_cpu_computes():
      "video_attn_resolutions": (16, 8)},
 ], ids=["default", "kernel3-2blocks", "64x64"])
 def test_every_block_keeps_the_magnitude_at_initialisation_at_every_frame(changes):
-    """In the mean square over eight networks: one narrow network's weights alone move a block by ten percent."""
+    """In the mean square over six networks: one narrow network's weights alone move a block by ten percent."""
     squares = []
-    for seed in range(8):
+    for seed in range(6):
         torch.manual_seed(seed)
         denoiser = Denoiser(ModelConfig(**changes)).requires_grad_(False)
         sigma = torch.randn(2, 2, 6).exp()
