@@ -335,35 +335,28 @@ class ModelConfig:
     dropout: float = 0.0
     sigma_data: float = 0.5                     # standard deviation of the frames the network is given
 
-    def resolutions(self):
-        """(height, width) of the feature maps at each level; ValueError if the frame does not divide into them."""
+    def levels(self):
+        """(channels, frames that its attention sees: 1 is the frame itself, 0 no attention) of each level.
+        ValueError names what cannot work."""
         factor = self.patch_size * 2 ** (len(self.channel_mults) - 1)
         _, height, width = self.frame_shape
         if height % factor or width % factor:
             raise ValueError(f"a frame of {height} x {width} pixels must be divisible by {factor} "
                              f"(patch_size {self.patch_size}, {len(self.channel_mults)} levels)")
-        return [(height // self.patch_size >> i, width // self.patch_size >> i)
-                for i in range(len(self.channel_mults))]
-
-    def attention_window(self, height):
-        """How far attention at this resolution sees: `window` frames, 1 (the frame itself), or 0, no attention."""
-        return self.window if height in self.video_attn_resolutions else int(height in self.frame_attn_resolutions)
-
-    def check(self):
-        """ValueError that names what cannot work, before anything is built."""
-        heights = [h for h, _ in self.resolutions()]
-        unmatched = set(self.video_attn_resolutions) | set(self.frame_attn_resolutions)
-        unmatched -= set(heights)
-        if unmatched:
+        heights = [height // self.patch_size >> i for i in range(len(self.channel_mults))]
+        if unmatched := {*self.video_attn_resolutions, *self.frame_attn_resolutions} - {*heights}:
             raise ValueError(f"no level has the attention resolution {min(unmatched)}: feature maps are "
                              f"{', '.join(map(str, heights))} high")
-        for height, mult in zip(heights, self.channel_mults, strict=True):
-            if self.attention_window(height) and self.channels * mult % self.head_dim:
-                raise ValueError(f"head_dim {self.head_dim} does not divide the {self.channels * mult} channels "
-                                 f"at resolution {height}")
         if not 1 <= self.window <= ROTARY_PERIOD // 2 or self.temporal_kernel < 1:
             raise ValueError(f"window {self.window} must be 1 to {ROTARY_PERIOD // 2} frames and temporal_kernel "
                              f"{self.temporal_kernel} at least 1")
+        windows = [self.window if h in self.video_attn_resolutions else int(h in self.frame_attn_resolutions)
+                   for h in heights]
+        widths = [self.channels * mult for mult in self.channel_mults]
+        for c, window in zip(widths, windows, strict=True):
+            if window and c % self.head_dim:
+                raise ValueError(f"head_dim {self.head_dim} does not divide the {c} channels of a level with attention")
+        return list(zip(widths, windows, strict=True))
 
 
 class Residual(nn.Module):
@@ -415,24 +408,23 @@ class DecoderBlock(nn.Module):
 class UNet(nn.Module):
     def __init__(self, c_io, cfg):
         super().__init__()
-        widths = [cfg.channels * mult for mult in cfg.channel_mults]
-        windows = [cfg.attention_window(height) for height, _ in cfg.resolutions()]
-        c_emb = max(widths)
-        self.stem = MPConv(widths[0], c_io + 1, 3, 3)       # + 1: a channel of ones stands in for biases
-        self.encoder, skips, c = nn.ModuleList(), [widths[0]], widths[0]
-        for level, (width, window) in enumerate(zip(widths, windows, strict=True)):
-            for i in range(cfg.blocks_per_level + (level > 0)):
-                down = level > 0 and i == 0
-                self.encoder.append(EncoderBlock(c, width, c_emb, cfg, 0 if down else window, down))
-                c = width
+        levels = cfg.levels()
+        c, c_emb = levels[0][0], max(width for width, _ in levels)
+        self.stem = MPConv(c, c_io + 1, 3, 3)               # + 1: a channel of ones stands in for biases
+        self.encoder, self.decoder, skips = nn.ModuleList(), nn.ModuleList(), [c]
+        for i, (width, window) in enumerate(levels):
+            if i > 0:
+                self.encoder.append(EncoderBlock(c, c, c_emb, cfg, 0, down=True))
                 skips.append(c)
-        self.middle = nn.ModuleList([DecoderBlock(c, c, c_emb, cfg, windows[-1]), DecoderBlock(c, c, c_emb, cfg, 0)])
-        self.decoder = nn.ModuleList()
-        for level, (width, window) in reversed(list(enumerate(zip(widths, windows, strict=True)))):
+            for _ in range(cfg.blocks_per_level):
+                self.encoder.append(EncoderBlock(c, width, c_emb, cfg, window))
+                skips.append(c := width)
+        self.middle = nn.ModuleList([DecoderBlock(c, c, c_emb, cfg, window), DecoderBlock(c, c, c_emb, cfg, 0)])
+        for i, (width, window) in reversed([*enumerate(levels)]):
             for _ in range(cfg.blocks_per_level + 1):
                 self.decoder.append(DecoderBlock(c + skips.pop(), width, c_emb, cfg, window))
                 c = width
-            if level > 0:
+            if i > 0:
                 self.decoder.append(DecoderBlock(c, c, c_emb, cfg, 0, up=True))
         self.head = MPConv(c_io, c, 3, 3)
         self.head_gain = nn.Parameter(torch.zeros([]))
@@ -467,7 +459,6 @@ class Denoiser(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        cfg.check()
         self.cfg = cfg
         self.dtype = torch.float32                          # that the UNet computes in; weights are float32
         c_io = cfg.frame_shape[0] * cfg.patch_size ** 2

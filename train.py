@@ -254,12 +254,6 @@ def draw_picture(path, model, source, stats, cfg, device):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints and the log.
 
-def save_file(state, path):
-    """A file of this name is always whole."""
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
-
-
 def differences(old, new):
     """Settings that a resumed run would change, in words."""
     return [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
@@ -386,12 +380,14 @@ class Run:
         averages too, in a file of their own, for reconstructing other widths."""
         if self.rank > 0:
             return
-        save_file({"version": 1, "step": self.step, "settings": vars(self.cfg), "model_config": asdict(self.model.cfg),
-                   "stats": self.stats, "origin": self.source.origin, "model": self.model.state_dict(),
-                   "optimizer": self.optimizer.state_dict(), "ema": self.ema.averages, "recent": self.recent},
-                  self.folder / "checkpoint.pt")
+        state = {"version": 1, "step": self.step, "settings": vars(self.cfg), "model_config": asdict(self.model.cfg),
+                 "stats": self.stats, "origin": self.source.origin, "model": self.model.state_dict(),
+                 "optimizer": self.optimizer.state_dict(), "ema": self.ema.averages, "recent": self.recent}
+        with replacing(self.folder / "checkpoint.pt") as temporary:
+            torch.save(state, temporary)
         if self.due(self.cfg.checkpoint_interval):
-            save_file({"step": self.step, "ema": self.ema.halved()}, self.folder / f"ema-{self.step:08d}.pt")
+            with replacing(self.folder / f"ema-{self.step:08d}.pt") as temporary:
+                torch.save({"step": self.step, "ema": self.ema.halved()}, temporary)
 
     def due(self, interval):
         """Whether something that happens every `interval` steps, and at the end, happens now."""

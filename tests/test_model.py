@@ -710,7 +710,6 @@ def test_the_output_is_edms_combination_of_input_and_network_output(sd):
 
 def test_the_network_is_given_the_scaled_frame_in_patches_and_gives_it_back_in_place():
     denoiser = network(frame_shape=(2, 8, 12), patch_size=2, sigma_data=0.6, frame_attn_resolutions=())
-    denoiser.cfg.video_attn_resolutions = ()
     x, sigma, _ = training_inputs(denoiser, frames=1)
     x, sigma = x[:, 1], sigma[:, 1]
     given = []
@@ -877,7 +876,7 @@ def test_several_noised_frames_at_once_are_refused_and_the_cache_stays_as_it_was
     ({"frame_shape": (1, 12, 8), "channel_mults": (1, 2, 2, 2)}, ["12 x 8", "divisible by 8"]),
     ({"video_attn_resolutions": (4, 5)}, ["5", "8, 4"]),
     ({"frame_attn_resolutions": (16,)}, ["16", "8, 4"]),
-    ({"head_dim": 12}, ["head_dim 12", "16", "resolution 8"]),
+    ({"head_dim": 12}, ["head_dim 12", "16 channels"]),
     ({"window": 0}, ["window 0"]),
     ({"window": m.ROTARY_PERIOD}, [f"window {m.ROTARY_PERIOD}"]),
     ({"temporal_kernel": 0}, ["temporal_kernel 0"]),
