@@ -136,6 +136,9 @@ class Cache:
     def of(self, layer, shape, like):
         if layer not in self.tensors:
             self.tensors[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        if self.tensors[layer].shape != torch.Size(shape):
+            raise ValueError(f"the cache holds {tuple(self.tensors[layer].shape)}, and the frames need {tuple(shape)}: "
+                             "a cache serves one batch, from its first frame on")
         return self.tensors[layer]
 
 
@@ -219,9 +222,10 @@ def rotary_table(pairs, device):
     """cos and sin per position: 2 period pairs. All frequencies are whole turns per `ROTARY_PERIOD` frames, so
     that positions count modulo the period, exactly, however long the rollout."""
     fastest = ROTARY_PERIOD / (2 * math.pi)                 # one radian per frame
-    turns = fastest ** (1 - torch.arange(pairs) / pairs)
-    angle = torch.arange(ROTARY_PERIOD)[:, None] * turns.round() * (2 * math.pi / ROTARY_PERIOD)
-    return torch.stack([angle.cos(), angle.sin()]).to(device)
+    turns = (fastest ** (1 - torch.arange(pairs) / pairs)).round().long()
+    phase = torch.arange(ROTARY_PERIOD)[:, None] * turns % ROTARY_PERIOD                 # whole numbers: no rounding
+    angle = phase.double() * (2 * math.pi / ROTARY_PERIOD)
+    return torch.stack([angle.cos(), angle.sin()]).float().to(device)
 
 
 def rotate(x, start):

@@ -35,7 +35,7 @@ rho = 7.0                   # spacing of the noise levels: larger puts more of t
 churn = 0.0                 # fresh noise per frame (S_churn); 0 is the deterministic sampler
 churn_min = 0.05            # noise levels below which no fresh noise is added (S_tmin)
 churn_max = 50.0            # ... and above which (S_tmax)
-context_noise = 0.0         # noise level at which the past is read; at most what the model was trained with
+context_noise = -1.0        # noise level at which the past is read; -1: half the largest of the training
 ema = 0.05                  # width of the averaged weights; 0: the raw weights of the last step
 seed = 0                    # same seed, same file
 # -- output
@@ -114,8 +114,10 @@ class Rollout:
     def read(self, x):
         """Writes finished frames b t c h w into the caches, at the level of noise that training gave its context."""
         if self.context_noise:
-            generator = seeded(self.device, self.seed, self.cache.position, 1)
-            x = x + self.context_noise * torch.randn(x.shape, generator=generator, device=x.device)
+            positions = range(self.cache.position, self.cache.position + x.shape[1])
+            noise = [torch.randn(self.shape, generator=seeded(self.device, self.seed, t, 1), device=self.device)
+                     for t in positions]
+            x = x + self.context_noise * torch.stack(noise, dim=1)
         self.pass_through(x, self.context_noise, commit=True)
 
     def pass_through(self, x, sigma, commit=False):
@@ -293,7 +295,7 @@ def rollout_settings(cfg):
 def check_settings(cfg):
     """UserError before any work is done."""
     for name, least in (("frames", 1), ("samples", 1), ("context", 0), ("first_clip", 0), ("steps", 1), ("seed", 0),
-                        ("fps", 1), ("scale", 1), ("churn", 0), ("context_noise", 0)):
+                        ("fps", 1), ("scale", 1), ("churn", 0), ("context_noise", -1)):
         if getattr(cfg, name) < least:
             raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
     if not 0 < cfg.sigma_min < cfg.sigma_max or cfg.rho <= 0:
@@ -318,6 +320,9 @@ def main(cfg):
     weights = f"weights averaged over {cfg.ema:g} of the run" if cfg.ema else "raw weights"
     print(f"{path}, step {state['step']}, {weights}")
     print(f"given frames: {source.origin}")
+    if cfg.context_noise < 0:
+        cfg.context_noise = settings.context_noise / 2
+        print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")
     clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
     videos = make_videos(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),
                          None if actions is None else actions.to(device), progress=True)

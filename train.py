@@ -244,7 +244,8 @@ def draw_picture(path, model, source, stats, cfg, device):
     """Held-out clips, each above a rollout from its first frames."""
     clips, actions = load_batch(source, range(4))
     length = min(cfg.picture_frames, source.frames)
-    settings = {"levels": noise_levels(cfg.picture_steps, 0.02, 40, 7), "seed": cfg.seed}
+    settings = {"levels": noise_levels(cfg.picture_steps, 0.02, 40, 7), "seed": cfg.seed,
+                "context_noise": cfg.context_noise / 2}
     made = make_videos(model, clips.to(device), cfg.eval_context, length, stats, settings,
                        None if actions is None else actions.to(device))
     pairs = rearrange([clips.numpy()[:, :length], made], "two b t c h w -> (b two) t c h w")

@@ -8,8 +8,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# More threads than the small tensors of these tests can use only get in each other's way.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# These tests' tensors are so small that a second thread costs more than it brings.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

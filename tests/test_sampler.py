@@ -230,8 +230,10 @@ def test_a_rollout_ends_with_its_actions(context):
     assert ((made[2:] - other[2:]).flatten(1).abs().amax(1) > 1e-4).all()
 
 
-def test_reading_the_context_at_once_is_reading_it_frame_by_frame(model, context):
-    at_once, in_turn = Rollout(model, context, LEVELS), Rollout(model, context[:, :0], LEVELS)
+@pytest.mark.parametrize("level", [0.0, 0.3])
+def test_reading_the_context_at_once_is_reading_it_frame_by_frame(model, context, level):
+    at_once = Rollout(model, context, LEVELS, context_noise=level)
+    in_turn = Rollout(model, context[:, :0], LEVELS, context_noise=level)
     for frame in context.split(1, dim=1):
         in_turn.read(frame)
     assert torch.allclose(take(at_once, 3), take(in_turn, 3), rtol=0, atol=1e-4)
