@@ -317,8 +317,8 @@ class Batches(Iterator, contextlib.AbstractContextManager):
     def __init__(self, source, batch_size, device, start=0, rank=0, world_size=1, accumulate=1, prefetch=4):
         parts = accumulate * world_size
         require(batch_size > 0 and batch_size % parts == 0,
-                f"batch_size={batch_size} cannot be split evenly over accumulate={accumulate} x {world_size} processes: "
-                f"set a multiple of {parts}")
+                f"batch_size={batch_size} cannot be split evenly over accumulate={accumulate} x {world_size} "
+                f"processes; set a multiple of {parts}")
         self.source, self.device, self.size = source, torch.device(device), batch_size // parts
         self.firsts = itertools.count(start * batch_size + rank * self.size, batch_size // accumulate)
         self.thread = ThreadPoolExecutor(1)
