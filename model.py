@@ -150,6 +150,7 @@ class Sequence:
     frames: int
     cache: Cache = None
     commit: bool = False
+    noised_only: bool = False                               # nobody reads what becomes of the clean copy from here on
 
     @property
     def start(self):
@@ -157,6 +158,10 @@ class Sequence:
 
     def unfold(self, x):
         return rearrange(x, "(b s t) ... -> b s t ...", s=self.copies, t=self.frames)
+
+    def wanted(self, x):
+        """x (b s t) .. of the copies whose further activations somebody reads."""
+        return self.unfold(x)[:, 1:].flatten(0, 2) if self.noised_only else x
 
 
 class CausalConv(MPWeight):
@@ -176,12 +181,13 @@ class CausalConv(MPWeight):
     def forward(self, x, scale, seq, gain=1.0):
         """x: (b s t) c_in h w; scale: (b s t) c_out, multiplied into the output -> (b s t) c_out h w."""
         weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
-        y = F.conv2d(x, weight[:, 0], padding=1)
+        y = F.conv2d(seq.wanted(x), weight[:, 0], padding=1)
         if self.kernel == 1:
             return y * scale[:, :, None, None]
-        y = seq.unfold(y) + self.past(x, weight[:, 1:], seq)[:, None]
-        scale = seq.unfold(scale) * self.gain(seq, scale)
-        return (y * scale[..., None, None]).flatten(0, 2)
+        past = self.past(x, weight[:, 1:], seq)
+        y, scale = (rearrange(z, "(b s t) ... -> b s t ...", b=len(past), t=seq.frames) for z in (y, scale))
+        scale = scale * self.gain(seq, scale)
+        return ((y + past[:, None]) * scale[..., None, None]).flatten(0, 2)
 
     def past(self, x, weight, seq):
         """What the clean frames before each frame add to it: b t c_out h w."""
@@ -375,37 +381,28 @@ class Residual(nn.Module):
         self.dropout = cfg.dropout
 
     def forward(self, x, emb, seq):
-        scale = (1 + self.emb(emb) * self.emb_gain).to(x.dtype)
+        scale = (1 + self.emb(seq.wanted(emb)) * self.emb_gain).to(x.dtype)
         y = F.silu(self.conv0(F.silu(x), scale, seq, SILU_GAIN))
         return self.conv1(F.dropout(y, self.dropout, self.training), SILU_GAIN * BRANCH)
 
 
-class EncoderBlock(nn.Module):
-    def __init__(self, c_in, c_out, c_emb, cfg, window, down=False):
+class Block(nn.Module):
+    """Resampling, residual branch, attention. An encoder block normalises its trunk, before the branch reads it."""
+
+    def __init__(self, c_in, c_out, c_emb, cfg, window, encoder=False, resample=None):
         super().__init__()
-        self.down = down
+        self.encoder, self.resample = encoder, resample
         self.skip = MPConv(c_out, c_in, 1, 1) if c_in != c_out else nn.Identity()
-        self.residual = Residual(c_out, c_out, c_emb, cfg)
+        self.residual = Residual(c_out if encoder else c_in, c_out, c_emb, cfg)
         self.attention = Attention(c_out, cfg.head_dim, window) if window else None
 
     def forward(self, x, emb, seq):
-        x = F.avg_pool2d(x, 2) if self.down else x
-        x = unit_rms(self.skip(x), 1)                       # pixel norm
-        x = torch.add(self.residual(x, emb, seq), x, alpha=TRUNK)
-        return self.attention(x, seq) if self.attention else x
-
-
-class DecoderBlock(nn.Module):
-    def __init__(self, c_in, c_out, c_emb, cfg, window, up=False):
-        super().__init__()
-        self.up = up
-        self.skip = MPConv(c_out, c_in, 1, 1) if c_in != c_out else nn.Identity()
-        self.residual = Residual(c_in, c_out, c_emb, cfg)
-        self.attention = Attention(c_out, cfg.head_dim, window) if window else None
-
-    def forward(self, x, emb, seq):
-        x = F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x
-        x = torch.add(self.residual(x, emb, seq), self.skip(x), alpha=TRUNK)
+        x = self.resample(x) if self.resample else x
+        if self.encoder:
+            x = trunk = unit_rms(self.skip(x), 1)           # pixel norm
+        else:
+            trunk = self.skip(seq.wanted(x))
+        x = torch.add(self.residual(x, emb, seq), trunk, alpha=TRUNK)
         return self.attention(x, seq) if self.attention else x
 
 
@@ -414,22 +411,25 @@ class UNet(nn.Module):
         super().__init__()
         levels = cfg.levels()
         c, c_emb = levels[0][0], max(width for width, _ in levels)
+
+        def block(c_in, c_out, window, **options):
+            return Block(c_in, c_out, c_emb, cfg, window, **options)
         self.stem = MPConv(c, c_io + 1, 3, 3)               # + 1: a channel of ones stands in for biases
         self.encoder, self.decoder, skips = nn.ModuleList(), nn.ModuleList(), [c]
         for i, (width, window) in enumerate(levels):
             if i > 0:
-                self.encoder.append(EncoderBlock(c, c, c_emb, cfg, 0, down=True))
+                self.encoder.append(block(c, c, 0, encoder=True, resample=nn.AvgPool2d(2)))
                 skips.append(c)
             for _ in range(cfg.blocks_per_level):
-                self.encoder.append(EncoderBlock(c, width, c_emb, cfg, window))
+                self.encoder.append(block(c, width, window, encoder=True))
                 skips.append(c := width)
-        self.middle = nn.ModuleList([DecoderBlock(c, c, c_emb, cfg, window), DecoderBlock(c, c, c_emb, cfg, 0)])
+        self.middle = nn.ModuleList([block(c, c, window), block(c, c, 0)])
         for i, (width, window) in reversed([*enumerate(levels)]):
             for _ in range(cfg.blocks_per_level + 1):
-                self.decoder.append(DecoderBlock(c + skips.pop(), width, c_emb, cfg, window))
+                self.decoder.append(block(c + skips.pop(), width, window))
                 c = width
             if i > 0:
-                self.decoder.append(DecoderBlock(c, c, c_emb, cfg, 0, up=True))
+                self.decoder.append(block(c, c, 0, resample=nn.Upsample(scale_factor=2)))
         self.head = MPConv(c_io, c, 3, 3)
         self.head_gain = nn.Parameter(torch.zeros([]))
 
@@ -443,9 +443,10 @@ class UNet(nn.Module):
         for block in self.middle:
             x = block(x, emb, seq)
         for block in self.decoder:
-            x = block(x if block.up else mp_cat(x, skips.pop()), emb, seq)
-        if seq.cache is None:
-            x = seq.unfold(x)[:, 1:].flatten(0, 2)          # nobody reads the clean copy from here on
+            seq.noised_only = seq.cache is None and block is self.decoder[-1] and not block.attention
+            x = block(x if block.resample else mp_cat(x, skips.pop()), emb, seq)
+        if seq.cache is None and not seq.noised_only:       # the last block's attention read the clean copy
+            x = seq.unfold(x)[:, 1:].flatten(0, 2)
         return self.head(x) * self.head_gain
 
 

@@ -3,6 +3,9 @@
     python sample.py --out rollout.gif                       # the newest checkpoint under out/
     python sample.py --checkpoint=out/mnist/checkpoint.pt --frames=200 --samples=8 --out=long.gif
 """
+import contextlib
+import functools
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -19,7 +22,7 @@ from data import load_batch, open_source, replacing, to_network, to_pixels
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make
-out = "rollout.gif"         # .gif, .png (contact sheet: a row per sample) or .npy (uint8 samples t h w c)
+out = "rollout.gif"         # .gif, .mp4, .webm, .png (contact sheet: a row per sample), .npy (uint8 samples t h w c)
 checkpoint = ""             # file to sample from; empty: the newest checkpoint.pt under out/
 frames = 24                 # frames per sample, the given ones included
 samples = 4                 # samples side by side, each from its own clip
@@ -28,7 +31,8 @@ split = "val"               # data split that the given frames come from: val or
 first_clip = 0              # index of the first sample's clip in that split
 data_dir = ""               # folder of the data; empty: the one used in training
 # -- how to sample
-steps = 12                  # Heun steps per frame; n steps cost 2 n - 1 evaluations, and 1 to read the frame in
+solver = "euler"            # euler: n steps cost n evaluations; heun: 2 n - 1; both 1 more to read the frame in
+steps = 4                   # steps per frame
 sigma_min = 0.02            # last noise level before 0
 sigma_max = 40.0            # first noise level
 rho = 7.0                   # spacing of the noise levels: larger puts more of them near sigma_min
@@ -36,6 +40,7 @@ churn = 0.0                 # fresh noise per frame (S_churn); 0 is the determin
 churn_min = 0.05            # noise levels below which no fresh noise is added (S_tmin)
 churn_max = 50.0            # ... and above which (S_tmax)
 context_noise = -1.0        # noise level at which the past is read; -1: half the largest of the training
+guidance = 1.0              # above 1: away from what a frame without a past would be; twice the evaluations
 ema = 0.05                  # width of the averaged weights; 0: the raw weights of the last step
 seed = 0                    # same seed, same file
 # -- output
@@ -62,8 +67,12 @@ def noise_levels(steps, sigma_min, sigma_max, rho):
     return [*ramp.tolist(), 0.0]
 
 
-def heun(denoise, x, levels, generator=None, churn=0.0, churn_min=0.0, churn_max=math.inf):
-    """From noise x at levels[0] down to levels[-1], in Heun steps; the last, to 0, is an Euler step."""
+def reverse_diffusion(denoise, x, levels, solver="euler", generator=None,
+                      churn=0.0, churn_min=0.0, churn_max=math.inf):
+    """From noise x at levels[0] down to levels[-1]; the last step, to 0, is an Euler step with either solver.
+
+    Heun solves the equation more accurately, but divides the denoiser's error by the next noise level: with few
+    steps, and a network that trained for minutes, Euler makes the better frames."""
     for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
         if churn and churn_min <= sigma <= churn_max:
             raised = sigma * (1 + min(churn / (len(levels) - 1), math.sqrt(2) - 1))
@@ -71,7 +80,7 @@ def heun(denoise, x, levels, generator=None, churn=0.0, churn_min=0.0, churn_max
             x, sigma = x + fresh * math.sqrt(raised ** 2 - sigma ** 2), raised
         slope = (x - denoise(x, sigma)) / sigma
         euler = x + slope * (sigma_next - sigma)
-        if sigma_next > 0:
+        if solver == "heun" and sigma_next > 0:
             slope = (slope + (euler - denoise(euler, sigma_next)) / sigma_next) / 2
         x = x + slope * (sigma_next - sigma)
     return x
@@ -84,14 +93,16 @@ class Rollout:
     """An endless iterator of frames b c h w in network units, after the given `clip` b t c h w (t may be 0).
 
     actions: None, or b n (..) with one entry per frame, the given ones included; the iterator ends with them.
-    Frame t's noise is a function of (seed, t) alone.
+    limits: None, or the least and the largest value that a pixel can have, c 1 1 each: a frame is clamped to them
+    before it becomes the past, as it is when shown. Frame t's noise is a function of (seed, t) alone.
     """
 
-    def __init__(self, model, clip, levels, seed=0, actions=None, context_noise=0.0, **churn):
-        self.model, self.levels, self.seed, self.churn = model, levels, seed, churn
+    def __init__(self, model, clip, levels, seed=0, actions=None, limits=None, context_noise=0.0, guidance=1.0, **how):
+        self.model, self.levels, self.seed, self.how = model, levels, seed, how          # how: solver and churn
+        self.limits, self.guidance = limits, guidance
         self.actions, self.context_noise = actions, context_noise
         self.shape, self.device = (clip.shape[0], *clip.shape[2:]), clip.device
-        self.cache = Cache()
+        self.cache, self.no_past = Cache(), Cache()
         if clip.shape[1]:
             self.read(clip)
 
@@ -104,12 +115,18 @@ class Rollout:
             raise StopIteration
         generator = seeded(self.device, self.seed, t)
         x = torch.randn(self.shape, generator=generator, device=self.device) * self.levels[0]
-        x = heun(self.denoise, x, self.levels, generator, **self.churn)
+        x = reverse_diffusion(self.denoise, x, self.levels, generator=generator, **self.how)
+        x = x.clamp(*self.limits) if self.limits else x
         self.read(x[:, None])
         return x
 
     def denoise(self, x, sigma):
-        return self.pass_through(x[:, None], sigma)[:, 0]
+        """D(x, sigma) given the past; with history guidance, extrapolated from the D of a frame that has none, which
+        the model has learnt from every clip's first."""
+        given_past = self.pass_through(x[:, None], sigma, self.cache)[:, 0]
+        if self.guidance == 1 or self.cache.position == 0:
+            return given_past
+        return torch.lerp(self.pass_through(x[:, None], sigma, self.no_past)[:, 0], given_past, self.guidance)
 
     def read(self, x):
         """Writes finished frames b t c h w into the caches, at the level of noise that training gave its context."""
@@ -118,13 +135,14 @@ class Rollout:
             noise = [torch.randn(self.shape, generator=seeded(self.device, self.seed, t, 1), device=self.device)
                      for t in positions]
             x = x + self.context_noise * torch.stack(noise, dim=1)
-        self.pass_through(x, self.context_noise, commit=True)
+        self.pass_through(x, self.context_noise, self.cache, commit=True)
 
-    def pass_through(self, x, sigma, commit=False):
+    def pass_through(self, x, sigma, cache, commit=False):
+        """One evaluation of frames b t c h w, all at noise level `sigma`, that follow those read so far."""
         start = self.cache.position
         actions = None if self.actions is None else self.actions[:, start:start + x.shape[1]]
         sigma = torch.full(x.shape[:2], sigma, device=x.device)
-        return self.model.step(x, sigma, self.cache, actions, commit)
+        return self.model.step(x, sigma, cache, actions, commit)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -249,22 +267,46 @@ def write_sheet(file, videos, given, scale, fps):
     Image.fromarray(sheet).save(file, format="png")
 
 
-def write_gif(file, videos, given, scale, fps):
-    """An endless GIF of the videos side by side, in rows of at most eight."""
+def tiled(videos, given, scale):
+    """The videos side by side, in rows of at most eight: t h w 3."""
     columns = min(len(videos), 8)
     blank = np.zeros((-len(videos) % columns, *videos.shape[1:]), np.uint8)
     tiles = cells(np.concatenate([videos, blank]), given, scale)
-    tiled = rearrange(tiles, "(r n) t h w c -> t (r h) (n w) c", n=columns)
-    pictures = [Image.fromarray(picture) for picture in tiled]
-    pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], duration=round(1000 / fps), loop=0)
+    return rearrange(tiles, "(r n) t h w c -> t (r h) (n w) c", n=columns)
 
 
-WRITERS = {".gif": write_gif, ".png": write_sheet, ".npy": write_array}
+def write_gif(file, videos, given, scale, fps):
+    """An endless GIF. Its clock counts hundredths of a second: each frame ends at the nearest one, so that a rate
+    such as 30 frames per second holds over the whole."""
+    pictures = [Image.fromarray(picture) for picture in tiled(videos, given, scale)]
+    ends = np.rint(100 / fps * np.arange(len(pictures) + 1)).astype(int)
+    pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], loop=0,
+                     duration=(10 * np.diff(ends)).tolist())
+
+
+def write_film(file, videos, given, scale, fps, kind, codec):
+    """An mp4 or webm file."""
+    import av  # optional: `check_extension` asked for it
+    pictures = tiled(videos, given, scale)
+    pictures = np.pad(pictures, [(0, 0), (0, pictures.shape[1] % 2), (0, pictures.shape[2] % 2), (0, 0)])
+    with av.open(file, "w", format=kind) as container:      # yuv420p, which every player shows, needs even sizes
+        stream = container.add_stream(codec, rate=fps)
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+
+
+WRITERS = {".gif": write_gif, ".png": write_sheet, ".npy": write_array,
+           ".mp4": functools.partial(write_film, kind="mp4", codec="libx264"),
+           ".webm": functools.partial(write_film, kind="webm", codec="libvpx-vp9")}
 
 
 def check_extension(path):
     if Path(path).suffix not in WRITERS:
         raise UserError(f"--out={path}: the extension must be one of {', '.join(WRITERS)}")
+    if Path(path).suffix in (".mp4", ".webm") and not importlib.util.find_spec("av"):
+        raise UserError(f"--out={path}: films are written by PyAV, which is not installed: pip install av")
 
 
 def write(path, videos, given=0, scale=4, fps=10):
@@ -275,11 +317,17 @@ def write(path, videos, given=0, scale=4, fps=10):
 
 
 def make_videos(model, clips, given, frames, stats, rollout_settings, actions=None, progress=False):
-    """uint8 clips b t c h w -> uint8 array b `frames` c h w: the first `given` frames, then the model's own."""
+    """uint8 clips b t c h w -> uint8 array b `frames` c h w: the first `given` frames, then the model's own. With
+    `progress`, Ctrl-C ends the rollout, and the frames made so far are kept."""
     clip = to_network(clips[:, :given], stats, model.cfg.sigma_data)
-    rollout = Rollout(model, clip, actions=actions, **rollout_settings)
-    made = [next(rollout)[:, None] for _ in tqdm(range(frames - given), unit="frame", disable=not progress)]
-    return to_pixels(torch.cat([clip, *made], dim=1), stats, model.cfg.sigma_data).cpu().numpy()
+    black_and_white = torch.tensor([0, 255], dtype=torch.uint8, device=clips.device)[:, None, None, None]
+    limits = to_network(black_and_white, stats, model.cfg.sigma_data).unbind()
+    rollout = Rollout(model, clip, actions=actions, limits=limits, **rollout_settings)
+    videos = [clips[:, :given]]
+    with contextlib.suppress(*[KeyboardInterrupt] * progress):
+        for _ in tqdm(range(frames - given), unit="frame", disable=not progress):
+            videos.append(to_pixels(next(rollout)[:, None], stats, model.cfg.sigma_data))
+    return torch.cat(videos, dim=1).cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -287,9 +335,9 @@ def make_videos(model, clips, given, frames, stats, rollout_settings, actions=No
 
 def rollout_settings(cfg):
     """What `Rollout` takes beyond the model and the clip."""
-    return {"levels": noise_levels(cfg.steps, cfg.sigma_min, cfg.sigma_max, cfg.rho), "seed": cfg.seed,
-            "context_noise": cfg.context_noise, "churn": cfg.churn, "churn_min": cfg.churn_min,
-            "churn_max": cfg.churn_max}
+    levels = noise_levels(cfg.steps, cfg.sigma_min, cfg.sigma_max, cfg.rho)
+    names = ("seed", "context_noise", "guidance", "solver", "churn", "churn_min", "churn_max")
+    return {"levels": levels, **{name: getattr(cfg, name) for name in names}}
 
 
 def check_settings(cfg):
@@ -301,6 +349,8 @@ def check_settings(cfg):
     if not 0 < cfg.sigma_min < cfg.sigma_max or cfg.rho <= 0:
         raise UserError(f"--sigma_min={cfg.sigma_min} --sigma_max={cfg.sigma_max} --rho={cfg.rho}: must be above 0, "
                         "and sigma_min below sigma_max")
+    if cfg.solver not in ("euler", "heun"):
+        raise UserError(f"--solver={cfg.solver}: choose euler or heun")
     if not 0 <= cfg.ema <= 0.25:
         raise UserError(f"--ema={cfg.ema}: a width is above 0 and at most 0.25; 0 takes the raw weights")
     if cfg.context > cfg.frames:
@@ -327,7 +377,7 @@ def main(cfg):
     videos = make_videos(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),
                          None if actions is None else actions.to(device), progress=True)
     write(cfg.out, videos, cfg.context, cfg.scale, cfg.fps)
-    print(f"{cfg.out}: {cfg.samples} samples of {cfg.frames} frames, the first {cfg.context} given")
+    print(f"{cfg.out}: {cfg.samples} samples of {videos.shape[1]} frames, the first {cfg.context} given")
 
 
 if __name__ == "__main__":

@@ -339,7 +339,7 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg, self.source, self.device)
         self.model.dtype = compute_dtype(self.device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), betas=(0.9, 0.99), fused=self.device.type == "cuda")
+        self.optimizer = torch.optim.Adam(self.model.parameters(), betas=(0.9, 0.99), fused=True)
         self.ema = PowerEMA(self.model, cfg.ema_widths)
         self.step, self.recent = 0, []                      # steps done; losses since the last line of the log
         self.resume(self.folder / "checkpoint.pt")

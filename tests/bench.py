@@ -1,45 +1,364 @@
-"""Measures speed on this machine, as ratios within one run.
+"""Measures speed on this machine: tables of ratios within one run, as absolute times differ between machines and days.
 
-    python tests/bench.py                   # time of one cached evaluation, by how many frames came before
+    python tests/bench.py --out=bench.json                   # everything
+    python tests/bench.py --quick --tables=train             # a smaller form of one table
+    python tests/bench.py config/video.py --device=cuda      # another network, on a GPU
 """
+import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import run
-from model import Cache, Denoiser, ModelConfig
+import train
+from config import UserError, run
+from data import Batches, open_source, replacing
+from model import (
+    Cache,
+    CausalConv,
+    Denoiser,
+    ModelConfig,
+    Sequence,
+    attend_flex,
+    attend_frame_by_frame,
+    block_mask,
+    sees,
+)
+from sample import Rollout, compute_dtype, noise_levels, pick_device
 
-repeat = 60                     # evaluations per position; the best counts, as other programs only ever add time
-seed = 0                        # of the weights and frames
+# -- what to measure
+tables = ("train", "conv", "attention", "data", "sample")       # any of these
+quick = False                   # fewer rows and repetitions
+out = ""                        # file for the figures, JSON; empty: none
+device = "auto"                 # auto, cpu, cuda, ..
+threads = 0                     # CPU threads; 0: as many as PyTorch likes
+repeat_times = 8                # runs of each form, in turn; the best counts, as other programs only ever add time
+supervised_frames = 64          # frames per training step and noised copy
+seed = 0                        # of weights and frames
+
+TABLES, DEFAULTS, CPU = tables, dict(vars(train)), torch.device("cpu")
 
 
-def evaluation_times(positions, repeat):
-    """{frames read: best ms of one evaluation}, the positions measured in turn so that all see the same machine."""
-    model = Denoiser(ModelConfig()).eval().requires_grad_(False)
-    x, sigma, caches = torch.randn(1, 1, *model.cfg.frame_shape), torch.ones(1, 1), {n: Cache() for n in positions}
-    for n, cache in caches.items():
-        while cache.position < n:
-            model.step(x, sigma, cache, commit=True)
-    best = dict.fromkeys(positions, float("inf"))
-    for _ in range(repeat):
-        for n, cache in caches.items():
+# ---------------------------------------------------------------------------------------------------
+# Counting and timing.
+
+def count_flops(function):
+    """Operations of `function()`, a multiply-add counting as two, from the shapes of its matrix products,
+    convolutions and attentions. Run it on a CPU: there no masked pair is computed."""
+    ops = torch.ops.aten
+    mapping = {ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+               ops._scaled_dot_product_flash_attention_for_cpu_backward:
+                   lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def best_times(functions, device, repeats):
+    """{name: best ms}, the functions {name: f} run in turn, so that all see the same machine."""
+    best = dict.fromkeys(functions, float("inf"))
+    for i in range(repeats + 1):                            # the first is a warm-up
+        for name, function in functions.items():
             began = time.perf_counter()
-            model.step(x, sigma, cache)
-            best[n] = min(best[n], 1e3 * (time.perf_counter() - began))
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best[name] = min(best[name], 1e3 * (time.perf_counter() - began) if i else float("inf"))
     return best
 
 
+def kept_bytes(function):
+    """Bytes of the tensors that the forward pass `function()` keeps for its backward pass."""
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = function()
+    del result
+    return sum(storages.values())
+
+
+def matmul(device):
+    """(function, operations) of a matrix product that shows what the machine can do at most."""
+    n = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(n, n, device=device, dtype=compute_dtype(device))
+    return lambda: a @ a, 2 * n ** 3
+
+
+def print_table(title, rows):
+    """Rows are dicts; their keys head the columns."""
+    print(f"\n{title}")
+    cells = [list(rows[0])] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    sys.stdout.flush()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Table 1: a training step, beside the same network as a plain image model on as many supervised frames.
+
+def model_of(cfg, **changes):
+    names = set(ModelConfig.__dataclass_fields__) & set(vars(cfg))
+    shape = (3 if cfg.dataset == "video" else 1, cfg.frame_size, cfg.frame_size)
+    return Denoiser(ModelConfig(**{"frame_shape": shape, **{n: getattr(cfg, n) for n in names}, **changes}))
+
+
+def image_model(cfg):
+    """No past: temporal kernel 1, and attention within each frame where there was attention over the past."""
+    resolutions = (*cfg.video_attn_resolutions, *cfg.frame_attn_resolutions)
+    return model_of(cfg, temporal_kernel=1, video_attn_resolutions=(), frame_attn_resolutions=resolutions)
+
+
+def image_loss(model, images, noise, cfg):
+    """The loss of independent noised images n c h w: no clean copy."""
+    z, eps = noise
+    sigma = (cfg.P_mean + cfg.P_std * z).exp()[:, None, None]
+    x = images[:, None, None]
+    noised = x + sigma[..., None, None, None] * eps[:, None, None]
+    denoised = model.denoise(noised, sigma, None, Sequence(1, 1, Cache()))
+    weight = (sigma ** 2 + cfg.sigma_data ** 2) / (sigma * cfg.sigma_data) ** 2
+    u = model.log_variance(sigma)
+    return (weight / u.exp() * (denoised - x).square().mean(dim=(-3, -2, -1)) + u).mean()
+
+
+class Step:
+    """An optimizer step, all of it but for the data: noise, loss, gradients, Adam, averages."""
+
+    def __init__(self, model, frames, loss, cfg, device):
+        self.model, self.cfg = model.to(device), cfg
+        self.model.dtype = compute_dtype(device)
+        self.network = torch.compile(self.model) if cfg.compile else self.model
+        self.optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
+        self.ema, self.frames, self.compute_loss = train.PowerEMA(model, cfg.ema_widths), frames.to(device), loss
+
+    def loss(self):
+        return self.compute_loss(self.network, self.frames)
+
+    def loss_and_gradients(self):
+        self.loss().backward()
+
+    def __call__(self):
+        self.loss_and_gradients()
+        train.optimizer_step(self.model, self.optimizer, 1, self.cfg)
+        self.ema.update(2)
+
+
+def video_step(cfg, clips, copies, device):
+    def loss(model, x):
+        return train.loss_of(model, x, None, train.draw_noise(range(len(x)), copies, x.shape[1:], cfg, x.device), cfg)
+    return Step(model_of(cfg), clips, loss, cfg, device)
+
+
+def image_step(cfg, images, device):
+    def loss(model, x):
+        noise = torch.randn(len(x), device=x.device), torch.randn_like(x)
+        return image_loss(model, x, noise, cfg)
+    return Step(image_model(cfg), images, loss, cfg, device)
+
+
+def train_table(cfg, device):
+    product, product_flops = matmul(device)
+    shape, rows = model_of(cfg).cfg.frame_shape, []
+    for copies in (1, 4) if cfg.quick else (1, 2, 4):
+        for frames in (8, 16) if cfg.quick else (8, 16, 32, 64):
+            batch = max(1, cfg.supervised_frames // frames)
+            n, clips = batch * copies * frames, torch.randn(batch, frames, *shape) * cfg.sigma_data
+            images = torch.randn(n, *shape) * cfg.sigma_data
+            ours, floor = video_step(cfg, clips, copies, device), image_step(cfg, images, device)
+            ms = best_times({"ours": ours, "floor": floor, "product": product}, device, cfg.repeat_times)
+            flops = batch * count_flops(video_step(cfg, clips[:1], copies, CPU).loss_and_gradients)
+            floor_flops = n * count_flops(image_step(cfg, images[:1], CPU).loss_and_gradients)
+            peak = product_flops / ms["product"]
+            rows.append({"R": copies, "T": frames, "ms": ms["ours"], "frames/s": n / ms["ours"] * 1e3,
+                         "GFLOP": flops / 1e9, "GFLOP/s": flops / ms["ours"] / 1e6,
+                         "% of matmul": 100 * flops / ms["ours"] / peak,
+                         "MB kept": kept_bytes(ours.loss) / 1e6, "image ms": ms["floor"],
+                         "image % of matmul": 100 * floor_flops / ms["floor"] / peak,
+                         "time/image": ms["ours"] / ms["floor"], "FLOPs/image": flops / floor_flops,
+                         "time/FLOPs": ms["ours"] / ms["floor"] * floor_flops / flops})
+    print_table("Training step, and the same network on as many single images (image): R noised copies, T frames", rows)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# Table 2: the causal convolution and other ways to compute the same or more, forward and backward.
+
+def conv_forms(c, h, kernel, batch, frames, copies, device):
+    """{name: function} of one convolution over (batch, 1 + copies, frames) maps of c channels."""
+    conv = CausalConv(c, c, kernel).to(device)
+    seq, scale = Sequence(1 + copies, frames), torch.ones(batch * (1 + copies) * frames, c, device=device)
+    x = torch.randn(batch * (1 + copies) * frames, c, h, h, device=device, requires_grad=True)
+    lasting = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+
+    def shared(x=x):
+        return conv(x, scale, seq)
+
+    def stacked():
+        """Past frames as channels of one 2D convolution, for every copy."""
+        y = seq.unfold(x)
+        past = [F.pad(y[:, :1, :-j], (0, 0, 0, 0, 0, 0, j, 0)).expand_as(y) for j in range(1, kernel)]
+        return F.conv2d(torch.cat([y, *past], dim=3).flatten(0, 2), conv.weight.flatten(1, 2), padding=1)
+
+    def plain():
+        """A 3D convolution over every copy by itself."""
+        y = F.pad(rearrange(x, "(b t) c h w -> b c t h w", t=frames), (0, 0, 0, 0, kernel - 1, 0))
+        return F.conv3d(y, conv.weight.transpose(1, 2), padding=(0, 1, 1))
+
+    forms = {"shared past": shared, "stacked 2D": stacked, "3D": plain,
+             "shared, channels-last": lambda: shared(lasting)}
+    return {name: lambda f=f: f().sum().backward() for name, f in forms.items()}
+
+
+def conv_table(cfg, device):
+    rows = []
+    for c, h in ((32, 8), (64, 4)) if cfg.quick else ((32, 8), (64, 4), (64, 16)):
+        for copies in (1, 4):
+            ms = best_times(conv_forms(c, h, 2, 4, 16, copies, device), device, cfg.repeat_times)
+            rows.append({"channels": c, "map": f"{h} x {h}", "R": copies, "shared past ms": ms["shared past"],
+                         **{f"{name} / ours": t / ms["shared past"] for name, t in list(ms.items())[1:]}})
+    print_table("Causal convolution, kernel 2, 4 clips of 16 frames, forward and backward", rows)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# Table 3: attention, against dense masked attention and against the visible pairs at the matmul peak.
+
+def visible_pairs(copies, frames, window):
+    """(frames x frames) bool: what `sees` lets the queries (s t) see."""
+    s, t = torch.meshgrid(torch.arange(copies), torch.arange(frames), indexing="ij")
+    s, t = s.flatten(), t.flatten()
+    return sees(s[:, None], t[:, None], s[None], t[None], window)
+
+
+def attention_row(frames, positions, window, cfg, device, product, product_flops):
+    copies, heads, d, batch = 2, 2, 32, 2
+    dtype = compute_dtype(device)
+    q, k, v = (torch.randn(batch, copies, frames, heads, positions, d, device=device, dtype=dtype, requires_grad=True)
+               for _ in range(3))
+    visible = visible_pairs(copies, frames, window)
+    mask = visible.repeat_interleave(positions, 0).repeat_interleave(positions, 1).to(device)
+
+    def dense():
+        flat = (rearrange(x, "b s t m p d -> b m (s t p) d") for x in (q, k, v))
+        F.scaled_dot_product_attention(*flat, attn_mask=mask).sum().backward()
+
+    def ours():
+        (attend_flex if q.is_cuda else attend_frame_by_frame)(q, k, v, window).sum().backward()
+    ms = best_times({"ours": ours, "dense": dense, "product": product}, device, cfg.repeat_times)
+    pairs = visible.sum().item() * positions ** 2 * batch * heads
+    at_peak = pairs * 14 * d / product_flops * ms["product"]                # 2 products forward, 5 backward
+    sparsity = block_mask(copies, frames, positions, window, device).sparsity()
+    return {"T": frames, "p": positions, "window": window, "ours ms": ms["ours"],
+            "dense / ours": ms["dense"] / ms["ours"],
+            "ours / pairs at peak": ms["ours"] / at_peak, "hidden pairs %": 100 * (1 - visible.float().mean().item()),
+            "hidden blocks %": sparsity}
+
+
+def attention_table(cfg, device):
+    product, flops = matmul(device)
+    sizes = ((12, 16, 8), (16, 64, 16), (32, 64, 32)) if cfg.quick else \
+        ((12, 16, 8), (16, 64, 8), (8, 64, 8), (16, 64, 16), (32, 64, 32), (64, 64, 64))
+    rows = [attention_row(t, p, window, cfg, device, product, flops) for t, p, window in sizes]
+    print_table("Video attention, clean and noised copy of 2 clips, 2 heads of 32, forward and backward", rows)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# Table 4: data.
+
+def data_table(cfg, device):
+    source, rows = open_source(cfg, "train"), []
+    shape = (cfg.batch_size, source.frames, *source.shape)
+    step = video_step(cfg, torch.zeros(cfg.batch_size, *shape[1:]), cfg.noised_copies, device)
+    with Batches(source, cfg.batch_size, device) as batches:
+        began = time.perf_counter()
+        for _ in range(count := 20 if cfg.quick else 100):
+            next(batches)
+        alone = (time.perf_counter() - began) / count
+        waited = trained = 0.0
+        for _ in range(10):
+            began = time.perf_counter()
+            next(batches)
+            ready = time.perf_counter()
+            step()
+            waited, trained = waited + ready - began, trained + time.perf_counter() - ready
+    rows.append({"source": cfg.dataset, "batches/s": 1 / alone, "share of a step spent waiting %":
+                 100 * waited / (waited + trained)})
+    print_table(f"Data, batches of {shape}, loaded by one thread", rows)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# Table 5: sampling.
+
+def read_frames(model, n, device):
+    """A cache that holds n frames, read one by one as a rollout does."""
+    cache = Cache()
+    for _ in range(n):
+        model.step(torch.randn(1, 1, *model.cfg.frame_shape, device=device), torch.zeros(1, 1, device=device), cache,
+                   commit=True)
+    return cache
+
+
+def sample_table(cfg, device):
+    torch.set_grad_enabled(False)
+    model, window = model_of(cfg).eval().to(device), cfg.window
+    model.dtype = compute_dtype(device)
+    picture = image_model(cfg).eval().to(device)
+    picture.dtype = model.dtype
+    x, sigma = torch.randn(1, 1, *model.cfg.frame_shape, device=device), torch.ones(1, 1, device=device)
+    positions = (1, window, 4 * window, 16 * window, 1000)
+    caches = {n: read_frames(model, n, device) for n in positions}
+    forms = {n: lambda cache=cache: model.step(x, sigma, cache) for n, cache in caches.items()}
+    forms |= {f"all {n}": lambda n=n: model(torch.randn(1, 2, n + 1, *model.cfg.frame_shape, device=device),
+                                            torch.ones(1, 2, n + 1, device=device)) for n in positions[:3]}
+    one = x[:, None], sigma[:, None], None
+    forms["image"] = lambda: picture.denoise(*one, Sequence(1, 1, Cache()))
+    product, product_flops = matmul(device)
+    ms = best_times(forms | {"product": product}, device, 5 * cfg.repeat_times)
+    cpu_model = model_of(cfg).eval()
+    flops = count_flops(lambda: cpu_model.step(x.cpu(), sigma.cpu(), read_frames(cpu_model, window, "cpu")))
+    at_peak = flops / window * ms["product"] / product_flops                # about: the cache's reading counted too
+    rows = [{"frames read": n, "ms": ms[n], "ms without caches": ms.get(f"all {n}", float("nan")),
+             "/ image": ms[n] / ms["image"], "/ its FLOPs at peak": ms[n] / at_peak,
+             "cache MB": sum(t.nbytes for t in caches[n].tensors.values()) / 1e6} for n in positions]
+    print_table(f"One cached evaluation of one frame (the same network on one image: {ms['image']:.3g} ms)", rows)
+    fps = []
+    for steps in (1, 2, 4, 8, 18):
+        rollout = Rollout(model, x[:, :0], noise_levels(steps, 0.1, 10.0, 7), solver="euler")
+        for _ in range(window):
+            next(rollout)
+        ms = best_times({"frame": lambda r=rollout: next(r)}, device, cfg.repeat_times)["frame"]
+        fps.append({"Euler steps": steps, "ms per frame": ms, "frames/s": 1e3 / ms})
+    print_table("Rollout of one clip", fps)
+    torch.set_grad_enabled(True)
+    return rows + fps
+
+
 def main(cfg):
+    if unknown := set(cfg.tables) - set(TABLES):
+        raise UserError(f"--tables={min(unknown)}: choose from {', '.join(TABLES)}")
+    cfg = SimpleNamespace(**vars(cfg) | {"repeat_times": 3 if cfg.quick else cfg.repeat_times})
+    device = pick_device(cfg.device)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    torch.set_num_threads(1)
-    window = ModelConfig().window
-    for n, ms in evaluation_times((1, window, 4 * window, 16 * window, 1000), cfg.repeat).items():
-        print(f"{n:5d} frames read: {ms:6.2f} ms per evaluation of one 32 x 32 frame")
+    print(f"torch {torch.__version__} on {device}, {torch.get_num_threads()} CPU threads, {compute_dtype(device)}")
+    results = {name: globals()[f"{name}_table"](cfg, device) for name in cfg.tables}
+    if cfg.out:
+        with replacing(cfg.out) as temporary:
+            temporary.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    run(main, globals())
+    run(main, DEFAULTS | globals())

@@ -339,8 +339,8 @@ def test_an_unknown_extension_is_refused_before_anything_is_sampled(command, wor
 
     monkeypatch.setattr(model.Denoiser, "step", sampled_first)
     path = workshop[0] / "out/mnist/checkpoint.pt"
-    done = command(tmp_path, "sample.py", *flags(ROLLOUT | {"checkpoint": path, "out": "a.mp4"}))
-    assert_refused(done, "a.mp4", ".gif", ".png", ".npy")
+    done = command(tmp_path, "sample.py", *flags(ROLLOUT | {"checkpoint": path, "out": "a.avi"}))
+    assert_refused(done, "a.avi", ".gif", ".png", ".npy")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -67,7 +67,7 @@ def frame_by_frame(denoiser, x, sigma, actions=None, chunks=None, cache=None):
 def features(denoiser, x, sigma, actions=None):
     """[(clean b t .., noised b r t ..)] of every block in a training pass; clean is None where it was dropped."""
     outputs = []
-    blocks = [module for module in denoiser.modules() if isinstance(module, (m.EncoderBlock, m.DecoderBlock))]
+    blocks = [module for module in denoiser.modules() if isinstance(module, m.Block)]
     hooks = [block.register_forward_hook(lambda _, __, out: outputs.append(out)) for block in blocks]
     denoiser(x, sigma, actions)
     for hook in hooks:
@@ -232,6 +232,14 @@ def test_clean_features_depend_on_earlier_frames_and_actions_and_nothing_noised(
             changed |= (clean != new_clean).flatten(2).any(-1)
         assert (noised != new_noised).flatten(3).any(-1).all()
     assert torch.equal(changed, torch.ones(FRAMES, FRAMES, dtype=torch.bool).triu())
+
+
+@pytest.mark.parametrize("kernel", [1, 2])
+def test_the_clean_copy_is_dropped_once_nobody_reads_it(kernel):
+    """The last block computes its output for the noised copies only, the one before it for all."""
+    denoiser = network(frame_attn_resolutions=(), temporal_kernel=kernel)
+    *others, last = features(denoiser, *training_inputs(denoiser, copies=2))
+    assert last[0] is None and all(clean is not None for clean, _ in others)
 
 
 @pytest.mark.parametrize("reach", [1, 2, 3, 5])

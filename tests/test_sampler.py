@@ -1,6 +1,7 @@
 """The sampler: Heun's method against exact solutions, rollouts, averaged weights of any width, and the writers."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,16 +16,18 @@ from sample import (
     MADE_COLOUR,
     Rollout,
     ema_exponent,
-    heun,
+    make_videos,
     noise_levels,
     profile_overlap,
     reconstruction,
+    reverse_diffusion,
     seeded,
     write,
 )
 from train import PowerEMA
 
 CPU = torch.device("cpu")
+heun = partial(reverse_diffusion, solver="heun")
 
 # ------------------------------------------------------------------------------------------------
 # Noise levels and Heun's method. On a Gaussian the ideal denoiser and the exact solution are known.
@@ -60,15 +63,16 @@ def test_a_single_step_goes_from_the_first_noise_level_to_zero():
     assert noise_levels(1, 0.02, 40.0, 7.0) == [pytest.approx(40), 0]
 
 
-def test_heun_converges_at_second_order():
+@pytest.mark.parametrize("solver, first, ratio", [("heun", 0.01, 4), ("euler", 0.2, 2)])
+def test_heun_converges_at_second_order_and_euler_at_first(solver, first, ratio):
     x = noise(20)
     errors = []
     for steps in (32, 64, 128):
         levels = noise_levels(steps + 1, 0.05, 20, 7)[:-1]              # without the last step, which is Euler's
-        errors.append((heun(ideal, x, levels) - exact(x, 20, 0.05)).abs().max().item())
-    assert errors[0] < 0.01
+        errors.append((reverse_diffusion(ideal, x, levels, solver) - exact(x, 20, 0.05)).abs().max().item())
+    assert errors[0] < first
     for coarse, fine in zip(errors, errors[1:]):
-        assert 3.6 < coarse / fine < 4.4
+        assert 0.9 * ratio < coarse / fine < 1.1 * ratio
 
 
 def test_the_last_step_to_zero_is_the_denoisers_estimate():
@@ -76,17 +80,20 @@ def test_the_last_step_to_zero_is_the_denoisers_estimate():
     assert torch.allclose(heun(ideal, x, [2.0, 0.0]), ideal(x, 2.0), rtol=0, atol=1e-12)
 
 
-def test_n_steps_are_2n_minus_1_evaluations_at_the_given_levels():
+def test_n_steps_are_2n_minus_1_evaluations_at_the_given_levels_or_n_with_euler():
     levels, told = noise_levels(5, 0.02, 40, 7), []
     heun(lambda x, sigma: told.append(sigma) or ideal(x, sigma), noise(40), levels)
     assert told == [levels[0]] + [level for level in levels[1:-1] for _ in range(2)]
+    told.clear()
+    reverse_diffusion(lambda x, sigma: told.append(sigma) or ideal(x, sigma), noise(40), levels)
+    assert told == levels[:-1]
 
 
 def test_churn_keeps_the_marginal_distribution():
     x = MEAN + noise(math.hypot(20, DEVIATION), n=100_000)
     levels = noise_levels(256, 0.01, 20, 7)
     plain = heun(ideal, x, levels)
-    churned = heun(ideal, x, levels, torch.Generator().manual_seed(1), churn=40, churn_min=0.02, churn_max=30)
+    churned = heun(ideal, x, levels, generator=torch.Generator().manual_seed(1), churn=40, churn_min=0.02, churn_max=30)
     for sample in (plain, churned):
         assert sample.mean().item() == pytest.approx(MEAN, abs=0.005)
         assert sample.std().item() == pytest.approx(DEVIATION, rel=0.01)
@@ -97,8 +104,8 @@ def test_churn_raises_the_noise_level_by_its_share_within_its_limits():
     levels, told = noise_levels(5, 0.02, 40, 7), []
     for churn, gain in ((1.0, 1.2), (100.0, math.sqrt(2))):             # EDM Algorithm 2: at most sqrt(2) a step
         told.clear()
-        heun(lambda x, sigma: told.append(sigma) or ideal(x, sigma), noise(40), levels, torch.Generator(), churn,
-             churn_min=levels[3], churn_max=levels[1])
+        heun(lambda x, sigma: told.append(sigma) or ideal(x, sigma), noise(40), levels, generator=torch.Generator(),
+             churn=churn, churn_min=levels[3], churn_max=levels[1])
         factors = [gain if 1 <= i <= 3 else 1 for i in range(5)]
         assert told[::2] == pytest.approx([level * factor for level, factor in zip(levels, factors)])
         assert told[1::2] == pytest.approx(levels[1:-1])
@@ -213,8 +220,56 @@ def test_a_rollout_may_start_from_nothing(model):
     assert made.shape == (2, 3, 1, 4, 4) and made.isfinite().all()
     x = LEVELS[0] * torch.randn(2, 1, 4, 4, generator=seeded(CPU, 0, 0))
     cache = Cache()
-    first = heun(lambda x, sigma: model.step(x[:, None], torch.full((2, 1), sigma), cache)[:, 0], x, LEVELS)
-    assert torch.equal(made[:, 0], first)
+    assert torch.equal(made[:, 0], reverse_diffusion(
+        lambda x, sigma: model.step(x[:, None], torch.full((2, 1), sigma), cache)[:, 0], x, LEVELS))
+
+
+def test_a_frame_is_clamped_before_it_becomes_the_past(model, context):
+    limits = torch.tensor([[[-0.3]]]), torch.tensor([[[0.2]]])
+    made = take(Rollout(model, context, LEVELS, limits=limits), 3)
+    free = take(Rollout(model, context, LEVELS), 3)
+    assert free.max() > 0.2 and free.min() < -0.3
+    assert torch.equal(made[:, 0], free[:, 0].clamp(-0.3, 0.2))
+    after = Rollout(model, torch.cat([context, made[:, :2]], dim=1), LEVELS, limits=limits)
+    assert torch.allclose(next(after), made[:, 2], rtol=0, atol=1e-5)
+    assert not torch.allclose(free[:, 2].clamp(-0.3, 0.2), made[:, 2], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_an_interrupted_rollout_keeps_the_frames_made_so_far_if_someone_is_watching(model, progress, monkeypatch):
+    clips = torch.randint(256, (2, 3, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    stats, settings = {"mean": [0.5], "std": [0.3]}, {"levels": LEVELS}
+    whole = make_videos(model, clips, 2, 6, stats, settings)
+    assert whole.shape == (2, 6, 1, 4, 4) and np.array_equal(whole[:, :2], clips[:, :2])
+    step, calls = Denoiser.step, []
+
+    def interrupted(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1 + 2 * len(LEVELS) + 1:                       # in the third frame, after the given ones' pass
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(Denoiser, "step", interrupted)
+    if progress:
+        assert np.array_equal(make_videos(model, clips, 2, 6, stats, settings, progress=True), whole[:, :4])
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            make_videos(model, clips, 2, 6, stats, settings)
+
+
+def test_history_guidance_extrapolates_from_a_frame_without_a_past(model, context):
+    """D = (1 - w) D(no past) + w D(past), written out; w = 1 leaves the rollout bitwise as it was."""
+    x = LEVELS[0] * torch.randn(2, 1, 4, 4, generator=seeded(CPU, 0, 4))
+    sigma = torch.full((2, 1), LEVELS[0])
+    cache = Cache()
+    model.step(context, torch.zeros(2, 4), cache, commit=True)
+    past, alone = (model.step(x[:, None], sigma, c)[:, 0] for c in (cache, Cache()))
+    assert (past - alone).abs().max() > 1e-3
+    for weight in (0.0, 1.0, 1.5):
+        guided = Rollout(model, context, LEVELS, guidance=weight).denoise(x, LEVELS[0])
+        assert torch.allclose(guided, (1 - weight) * alone + weight * past, rtol=0, atol=1e-5)
+    made, guided = (take(Rollout(model, context, LEVELS, guidance=w), 2) for w in (1.0, 1.5))
+    assert torch.equal(made, take(Rollout(model, context, LEVELS), 2)) and not torch.equal(made, guided)
 
 
 def test_a_rollout_ends_with_its_actions(context):
@@ -437,9 +492,38 @@ def test_a_file_goes_into_a_folder_that_it_makes(tmp_path, videos):
 
 
 def test_an_unknown_extension_is_an_error_that_names_the_known_ones(tmp_path, videos):
-    with pytest.raises(UserError, match=r"a\.mp4.*\.gif, \.png, \.npy"):
+    with pytest.raises(UserError, match=r"a\.avi.*\.gif, \.png, \.npy"):
+        write(tmp_path / "a.avi", videos)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_films_without_pyav_are_an_error_that_names_it(tmp_path, videos, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"a\.mp4.*pip install av"):
         write(tmp_path / "a.mp4", videos)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm"])
+def test_a_film_has_the_frames_side_by_side_at_its_speed(tmp_path, name):
+    """Flat frames of known greys, of odd size; film compression may be off by a little."""
+    av = pytest.importorskip("av")
+    greys = np.array([[40, 80, 120, 160], [200, 60, 220, 90]], np.uint8)                    # n t
+    videos = np.broadcast_to(greys[:, :, None, None, None], (2, 4, 1, 15, 15)).copy()
+    write(tmp_path / name, videos, scale=3, fps=7)
+    with av.open(str(tmp_path / name)) as film:
+        assert film.streams.video[0].average_rate == 7
+        pictures = [frame.to_ndarray(format="gray") for frame in film.decode(video=0)]
+    assert len(pictures) == 4 and pictures[0].shape == (48, 94)         # cells of 45 + 2 edges, even
+    for t, picture in enumerate(pictures):
+        for n, grey in enumerate(greys[:, t]):
+            assert abs(float(picture[12:35, 47 * n + 12:47 * n + 35].mean()) - grey) < 6
+
+
+def test_a_gif_keeps_a_speed_that_its_clock_cannot_count(tmp_path, videos):
+    write(tmp_path / "a.gif", np.concatenate([videos] * 3, axis=1), fps=30)
+    durations = [duration for _, duration in pictures_of(tmp_path / "a.gif")]
+    assert set(durations) == {30, 40} and sum(durations) == 500                             # 15 frames
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png"])
