@@ -8,6 +8,7 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import importlib.util
 import itertools
 import os
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from tqdm import tqdm
 
 from config import UserError, run
@@ -255,6 +256,46 @@ class MovingDigits:
                 window = frame[y:y + size, x:x + size]
                 np.maximum(window, digit, out=window)
         return frames, None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Videos from files.
+
+def decode(path):
+    """The frames of a film, GIF, picture or uint8 array (t h w [c]), one by one: uint8 h w c. UserError names the file
+    and what is wrong with it."""
+    path = Path(path)
+    require(path.is_file(), f"there is no file {path}")
+    is_film = path.suffix not in (".npy", ".gif", ".png", ".jpg", ".jpeg")
+    require(not is_film or importlib.util.find_spec("av"),
+            f"{path}: films are read by PyAV, which is not installed: pip install av (or give .gif, .png or .npy)")
+    try:
+        if path.suffix == ".npy":
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            require(array.dtype == np.uint8 and array.ndim in (3, 4) and array.size,
+                    f"{path} holds {array.dtype} {array.shape}: expected uint8 frames t h w or t h w c")
+            yield from array if array.ndim == 4 else array[..., None]
+        elif not is_film:
+            with Image.open(path) as pictures:
+                for picture in ImageSequence.Iterator(pictures):
+                    yield np.asarray(picture.convert("RGB"))
+        else:
+            import av
+            with av.open(str(path)) as film:
+                for frame in film.decode(video=0):
+                    yield frame.to_ndarray(format="rgb24")
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, IndexError) as error:            # av's errors are OSErrors or ValueErrors
+        raise UserError(f"{path} cannot be read as a video: {error}") from error
+
+
+def fit(frame, shape):
+    """A frame h w c, its centre cropped to the proportions of `shape` (c, h, w), resized to it: uint8 c h w."""
+    channels, height, width = shape
+    picture = Image.fromarray(frame if frame.shape[2] == 3 else frame[..., 0]).convert("L" if channels == 1 else "RGB")
+    picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+    return rearrange(np.atleast_3d(np.asarray(picture)), "h w c -> c h w")
 
 
 def open_source(cfg, split):

@@ -6,6 +6,7 @@
 import contextlib
 import functools
 import importlib.util
+import itertools
 import math
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import UserError, run
-from data import load_batch, open_source, replacing, to_network, to_pixels
+from data import decode, fit, load_batch, open_source, replacing, to_network, to_pixels
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make
@@ -27,13 +28,14 @@ checkpoint = ""             # file to sample from; empty: the newest checkpoint.
 frames = 24                 # frames per sample, the given ones included
 samples = 4                 # samples side by side, each from its own clip
 context = 4                 # given frames at the start of each sample; 0 starts from nothing
+prompt = ""                 # film, GIF, picture or .npy whose first frames are given; empty: clips of the data
 split = "val"               # data split that the given frames come from: val or train
 first_clip = 0              # index of the first sample's clip in that split
 data_dir = ""               # folder of the data; empty: the one used in training
 # -- how to sample
 solver = "euler"            # euler: n steps cost n evaluations; heun: 2 n - 1; both 1 more to read the frame in
 steps = 4                   # steps per frame
-sigma_min = 0.02            # last noise level before 0
+sigma_min = 0.1             # last noise level before 0
 sigma_max = 40.0            # first noise level
 rho = 7.0                   # spacing of the noise levels: larger puts more of them near sigma_min
 churn = 0.0                 # fresh noise per frame (S_churn); 0 is the deterministic sampler
@@ -333,6 +335,18 @@ def make_videos(model, clips, given, frames, stats, rollout_settings, actions=No
 # ---------------------------------------------------------------------------------------------------
 # The script.
 
+def read_prompt(path, count, samples, shape):
+    """The first `count` frames of a file, in the model's shape, for every sample: uint8 b t c h w."""
+    frames = list(itertools.islice(decode(path), count))
+    if len(frames) < count:
+        raise UserError(f"{path} has {len(frames)} frames: give --context={len(frames)} or less")
+    _, height, width = shape
+    if count and frames[0].shape[:2] != (height, width):
+        print(f"{path}: {frames[0].shape[1]} x {frames[0].shape[0]} pixels, cropped and resized to {width} x {height}")
+    clip = torch.from_numpy(np.stack([fit(frame, shape) for frame in frames]))
+    return clip.expand(samples, *clip.shape)
+
+
 def rollout_settings(cfg):
     """What `Rollout` takes beyond the model and the clip."""
     levels = noise_levels(cfg.steps, cfg.sigma_min, cfg.sigma_max, cfg.rho)
@@ -353,6 +367,8 @@ def check_settings(cfg):
         raise UserError(f"--solver={cfg.solver}: choose euler or heun")
     if not 0 <= cfg.ema <= 0.25:
         raise UserError(f"--ema={cfg.ema}: a width is above 0 and at most 0.25; 0 takes the raw weights")
+    if cfg.prompt and cfg.context < 1:
+        raise UserError(f"--prompt={cfg.prompt} with --context={cfg.context}: give how many of its frames to take")
     if cfg.context > cfg.frames:
         raise UserError(f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
     check_extension(cfg.out)
@@ -366,14 +382,19 @@ def main(cfg):
     model.dtype = compute_dtype(device)
     settings = SimpleNamespace(**state["settings"] | {"frames": cfg.frames})
     settings.data_dir = cfg.data_dir or settings.data_dir
-    source = open_source(settings, cfg.split)
+    if cfg.prompt:
+        origin, actions = f"frames 1 to {cfg.context} of {cfg.prompt}", None
+        clips = read_prompt(cfg.prompt, cfg.context, cfg.samples, model.cfg.frame_shape)
+    else:
+        source = open_source(settings, cfg.split)
+        origin = source.origin
+        clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
     weights = f"weights averaged over {cfg.ema:g} of the run" if cfg.ema else "raw weights"
     print(f"{path}, step {state['step']}, {weights}")
-    print(f"given frames: {source.origin}")
+    print(f"given frames: {origin}")
     if cfg.context_noise < 0:
         cfg.context_noise = settings.context_noise / 2
         print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")
-    clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
     videos = make_videos(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),
                          None if actions is None else actions.to(device), progress=True)
     write(cfg.out, videos, cfg.context, cfg.scale, cfg.fps)

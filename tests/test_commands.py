@@ -316,7 +316,26 @@ def test_mistakes_are_named(command, tmp_path, line, named):
     assert not (tmp_path / "rollout.gif").exists()
 
 
+def test_a_users_own_file_is_the_prompt(sampled, tmp_path):
+    """Frames in the model's shape are given as they are; of another, cropped and resized, and said to be."""
+    frames = np.random.default_rng(0).integers(0, 256, (5, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "own.npy", frames)
+    out, path = sampled("a.npy", prompt=tmp_path / "own.npy", context=3)
+    made = np.load(path)
+    assert made.shape == (3, 6, 16, 16, 1) and "own.npy" in out and "resized" not in out
+    for sample in made:
+        assert np.array_equal(sample[:3, ..., 0], frames[:3])
+    assert not np.array_equal(made[0, 3:], made[1, 3:])
+    Image.fromarray(frames[0].repeat(2, 0)).save(tmp_path / "tall.png")
+    out, path = sampled("b.npy", prompt=tmp_path / "tall.png", context=1)
+    assert "tall.png: 16 x 32 pixels, cropped and resized to 16 x 16" in out
+    expected = frames[0].repeat(2, 0)[8:24]
+    assert np.array_equal(np.load(path)[0, 0, ..., 0], expected)
+
+
 @pytest.mark.parametrize("changes, named", [
+    ({"prompt": "nothing.gif"}, ["nothing.gif"]),
+    ({"prompt": ROOT / "readme_images/mask.png", "context": 2}, ["mask.png", "1 frame", "--context=1"]),
     ({"split": "test"}, ["split", "test"]),
     ({"device": "abacus"}, ["abacus"]),
     ({"seed": -1}, ["seed"]),

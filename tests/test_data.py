@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 from config import UserError
@@ -648,3 +649,76 @@ def test_the_script_fetches_what_is_missing(mirror, tmp_path, monkeypatch, capsy
     assert [line.split()[:2] for line in lines] == [["train:", "3"], ["val:", "3"]]
     mean = random_images(3).mean() / 255
     assert f"mean {mean:.4f}" in lines[0] and "MNIST val split" in lines[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Videos from files.
+
+
+def coloured_frames(n=3, h=12, w=20):
+    """uint8 t h w c: each frame of one colour, its left third black."""
+    frames = np.empty((n, h, w, 3), np.uint8)
+    frames[:] = np.array([[200, 40, 90], [30, 220, 60], [120, 120, 250]], np.uint8)[:n, None, None]
+    frames[:, :, :w // 3] = 0
+    return frames
+
+
+def test_arrays_pictures_and_gifs_are_decoded_exactly(tmp_path):
+    frames = coloured_frames()
+    np.save(tmp_path / "a.npy", frames)
+    np.save(tmp_path / "grey.npy", frames[..., 0])
+    pictures = [Image.fromarray(frame) for frame in frames]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:], duration=100)
+    pictures[1].save(tmp_path / "a.png")
+    for name, expected in (("a.npy", frames), ("grey.npy", frames[..., :1]), ("a.gif", frames), ("a.png", frames[1:2])):
+        assert np.array_equal(np.stack(list(data.decode(tmp_path / name))), expected), name
+
+
+@pytest.mark.parametrize("name, kind, codec", [("a.mp4", "mp4", "libx264"), ("a.webm", "webm", "libvpx-vp9")])
+def test_films_are_decoded_nearly(tmp_path, name, kind, codec):
+    av = pytest.importorskip("av")
+    frames = coloured_frames(h=32, w=48)
+    with av.open(str(tmp_path / name), "w", format=kind) as film:
+        stream = film.add_stream(codec, rate=5)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        for frame in frames:
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        film.mux(stream.encode())
+    found = np.stack(list(data.decode(tmp_path / name))).astype(int)
+    assert found.shape == frames.shape
+    assert np.abs(found[:, 8:24, 24:40] - frames[:, 8:24, 24:40]).mean() < 12
+    (tmp_path / "torn.mp4").write_bytes((tmp_path / name).read_bytes()[:200])
+    with pytest.raises(UserError, match=r"torn\.mp4 cannot be read"):
+        list(data.decode(tmp_path / "torn.mp4"))
+
+
+@pytest.mark.parametrize("name, content, named", [
+    ("a.npy", b"nonsense", "cannot be read"), ("a.gif", b"GIF89a", "cannot be read"), ("a.png", b"", "cannot be read"),
+    ("floats.npy", np.zeros((2, 4, 4)), "float64"), ("flat.npy", np.zeros((4, 4), np.uint8), r"\(4, 4\)"),
+    ("objects.npy", np.array([{}]), "cannot be read"),
+])
+def test_files_that_are_no_videos_are_named(tmp_path, name, content, named):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        np.save(tmp_path / name, content, allow_pickle=True)
+    with pytest.raises(UserError, match=rf"{name}.*{named}"):
+        list(data.decode(tmp_path / name))
+
+
+def test_a_missing_file_and_a_film_without_pyav_are_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"no file .*a\.mp4"):
+        list(data.decode(tmp_path / "a.mp4"))
+    (tmp_path / "a.mp4").touch()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"a\.mp4.*pip install av"):
+        list(data.decode(tmp_path / "a.mp4"))
+
+
+def test_a_frame_is_cropped_at_its_centre_and_resized():
+    frame = np.zeros((8, 24, 3), np.uint8)
+    frame[:, 6:18] = (255, 128, 0)                                      # a little more than the middle third is kept
+    assert np.array_equal(data.fit(frame, (3, 4, 4)), np.broadcast_to([[[255]], [[128]], [[0]]], (3, 4, 4)))
+    grey = data.fit(frame, (1, 4, 4))
+    assert grey.shape == (1, 4, 4) and (grey == grey[0, 0, 0]).all() and 100 < grey[0, 0, 0] < 200
+    assert np.array_equal(data.fit(frame[:, :, :1], (3, 8, 24)), np.repeat(frame[..., 0][None], 3, 0))
