@@ -29,6 +29,7 @@ frames = 24                 # frames per sample, the given ones included
 samples = 4                 # samples side by side, each from its own clip
 context = 4                 # given frames at the start of each sample; 0 starts from nothing
 prompt = ""                 # film, GIF, picture or .npy whose first frames are given; empty: clips of the data
+actions = ""                # one per frame, given ones included: 0,2,1,.. or a .npy file; empty: those of the data
 split = "val"               # data split that the given frames come from: val or train
 first_clip = 0              # index of the first sample's clip in that split
 data_dir = ""               # folder of the data; empty: the one used in training
@@ -48,6 +49,7 @@ seed = 0                    # same seed, same file
 # -- output
 fps = 10                    # frames per second of the GIF
 scale = 4                   # pixels per pixel
+truth = False               # show the data's own continuation above each sample
 device = "auto"             # auto, cpu, cuda, cuda:1, ..
 
 
@@ -318,6 +320,11 @@ def write(path, videos, given=0, scale=4, fps=10):
         WRITERS[Path(path).suffix](file, videos, given, scale, fps)
 
 
+def beside(clips, made):
+    """Each clip's own frames, then what was made of it: uint8 (b two) t c h w."""
+    return rearrange([clips.numpy()[:, :made.shape[1]], made], "two b t c h w -> (b two) t c h w")
+
+
 def make_videos(model, clips, given, frames, stats, rollout_settings, actions=None, progress=False):
     """uint8 clips b t c h w -> uint8 array b `frames` c h w: the first `given` frames, then the model's own. With
     `progress`, Ctrl-C ends the rollout, and the frames made so far are kept."""
@@ -347,6 +354,24 @@ def read_prompt(path, count, samples, shape):
     return clip.expand(samples, *clip.shape)
 
 
+def read_actions(text, frames, samples, action_dim):
+    """The action of every frame, from a .npy file or as in 0,2,1, for every sample: b t whole numbers or b t a."""
+    if not action_dim:
+        raise UserError(f"--actions={text}: this model was trained without actions")
+    try:
+        array = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array(text.split(","), int)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--actions={text}: expected whole numbers, as in 0,2,1, or a .npy file ({error})") from None
+    discrete = array.dtype.kind in "iu"
+    expected = (frames,) if discrete else (frames, action_dim)
+    if array.shape != expected:
+        raise UserError(f"--actions={text}: {array.shape} actions for --frames={frames}, expected {expected}")
+    if discrete and not (0 <= array.min() and array.max() < action_dim):
+        raise UserError(f"--actions={text}: {array.min()} to {array.max()}; this model knows 0 to {action_dim - 1}")
+    array = torch.from_numpy(array.astype(np.int64 if discrete else np.float32))
+    return array.expand(samples, *array.shape)
+
+
 def rollout_settings(cfg):
     """What `Rollout` takes beyond the model and the clip."""
     levels = noise_levels(cfg.steps, cfg.sigma_min, cfg.sigma_max, cfg.rho)
@@ -367,6 +392,8 @@ def check_settings(cfg):
         raise UserError(f"--solver={cfg.solver}: choose euler or heun")
     if not 0 <= cfg.ema <= 0.25:
         raise UserError(f"--ema={cfg.ema}: a width is above 0 and at most 0.25; 0 takes the raw weights")
+    if cfg.prompt and cfg.truth:
+        raise UserError("--truth shows how a clip of the data goes on: it cannot be used with --prompt")
     if cfg.prompt and cfg.context < 1:
         raise UserError(f"--prompt={cfg.prompt} with --context={cfg.context}: give how many of its frames to take")
     if cfg.context > cfg.frames:
@@ -392,12 +419,16 @@ def main(cfg):
     weights = f"weights averaged over {cfg.ema:g} of the run" if cfg.ema else "raw weights"
     print(f"{path}, step {state['step']}, {weights}")
     print(f"given frames: {origin}")
+    if cfg.actions:
+        actions = read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim)
+    elif cfg.prompt and model.cfg.action_dim:
+        raise UserError(f"--prompt={cfg.prompt} has no actions, and this model needs them: give --actions")
     if cfg.context_noise < 0:
         cfg.context_noise = settings.context_noise / 2
         print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")
     videos = make_videos(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),
                          None if actions is None else actions.to(device), progress=True)
-    write(cfg.out, videos, cfg.context, cfg.scale, cfg.fps)
+    write(cfg.out, beside(clips, videos) if cfg.truth else videos, cfg.context, cfg.scale, cfg.fps)
     print(f"{cfg.out}: {cfg.samples} samples of {videos.shape[1]} frames, the first {cfg.context} given")
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from einops import rearrange
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from data import Batches, load_batch, measure, open_source, replacing, to_networ
 from model import Denoiser, ModelConfig
 from sample import (
     CHECKPOINT_KEYS,
+    beside,
     compute_dtype,
     ema_exponent,
     load_file,
@@ -85,7 +85,7 @@ eval_clips = 32                 # held-out clips per evaluation
 eval_sigmas = (0.1, 0.3, 1.0, 3.0, 10.0)    # noise levels of the error table
 eval_context = 4                # frames of context from which the table's second column counts, and pictures start
 picture_frames = 16             # frames in the pictures, the given ones included
-picture_steps = 8               # Heun steps per frame in the pictures
+picture_steps = 4               # Euler steps per frame in the pictures
 # -- system
 seed = 0                        # of weights, data and noise
 device = "auto"                 # auto, cpu, cuda, ..
@@ -244,12 +244,11 @@ def draw_picture(path, model, source, stats, cfg, device):
     """Held-out clips, each above a rollout from its first frames."""
     clips, actions = load_batch(source, range(4))
     length = min(cfg.picture_frames, source.frames)
-    settings = {"levels": noise_levels(cfg.picture_steps, 0.02, 40, 7), "seed": cfg.seed,
+    settings = {"levels": noise_levels(cfg.picture_steps, 0.1, 40, 7), "seed": cfg.seed,
                 "context_noise": cfg.context_noise / 2}
     made = make_videos(model, clips.to(device), cfg.eval_context, length, stats, settings,
                        None if actions is None else actions.to(device))
-    pairs = rearrange([clips.numpy()[:, :length], made], "two b t c h w -> (b two) t c h w")
-    write(path, pairs, cfg.eval_context, scale=2)
+    write(path, beside(clips, made), cfg.eval_context, scale=2)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ device = "auto"                 # auto, cpu, cuda, ..
 threads = 0                     # CPU threads; 0: as many as PyTorch likes
 repeat_times = 8                # runs of each form, in turn; the best counts, as other programs only ever add time
 supervised_frames = 64          # frames per training step and noised copy
+far = 1000                      # frames read by the longest rollout whose evaluations are timed
 seed = 0                        # of weights and frames
 
 TABLES, DEFAULTS, CPU = tables, dict(vars(train)), torch.device("cpu")
@@ -317,7 +318,7 @@ def sample_table(cfg, device):
     picture = image_model(cfg).eval().to(device)
     picture.dtype = model.dtype
     x, sigma = torch.randn(1, 1, *model.cfg.frame_shape, device=device), torch.ones(1, 1, device=device)
-    positions = (1, window, 4 * window, 16 * window, 1000)
+    positions = (1, window, 4 * window, 16 * window, cfg.far)
     caches = {n: read_frames(model, n, device) for n in positions}
     forms = {n: lambda cache=cache: model.step(x, sigma, cache) for n, cache in caches.items()}
     forms |= {f"all {n}": lambda n=n: model(torch.randn(1, 2, n + 1, *model.cfg.frame_shape, device=device),

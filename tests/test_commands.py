@@ -316,6 +316,12 @@ def test_mistakes_are_named(command, tmp_path, line, named):
     assert not (tmp_path / "rollout.gif").exists()
 
 
+def test_the_truth_may_be_shown_above_each_sample(sampled):
+    made, both = (np.load(sampled(f"{truth}.npy", truth=truth)[1]) for truth in (False, True))
+    assert np.array_equal(both[1::2], made)
+    assert np.array_equal(both[0::2, :2], made[:, :2]) and (both[0::2, 2:] != made[:, 2:]).any()
+
+
 def test_a_users_own_file_is_the_prompt(sampled, tmp_path):
     """Frames in the model's shape are given as they are; of another, cropped and resized, and said to be."""
     frames = np.random.default_rng(0).integers(0, 256, (5, 16, 16), dtype=np.uint8)
@@ -334,6 +340,8 @@ def test_a_users_own_file_is_the_prompt(sampled, tmp_path):
 
 
 @pytest.mark.parametrize("changes, named", [
+    ({"actions": "0,1"}, ["--actions=0,1", "without actions"]),
+    ({"prompt": "nothing.gif", "truth": True}, ["--truth", "--prompt"]),
     ({"prompt": "nothing.gif"}, ["nothing.gif"]),
     ({"prompt": ROOT / "readme_images/mask.png", "context": 2}, ["mask.png", "1 frame", "--context=1"]),
     ({"split": "test"}, ["split", "test"]),

@@ -19,6 +19,7 @@ from sample import (
     make_videos,
     noise_levels,
     profile_overlap,
+    read_actions,
     reconstruction,
     reverse_diffusion,
     seeded,
@@ -270,6 +271,24 @@ def test_history_guidance_extrapolates_from_a_frame_without_a_past(model, contex
         assert torch.allclose(guided, (1 - weight) * alone + weight * past, rtol=0, atol=1e-5)
     made, guided = (take(Rollout(model, context, LEVELS, guidance=w), 2) for w in (1.0, 1.5))
     assert torch.equal(made, take(Rollout(model, context, LEVELS), 2)) and not torch.equal(made, guided)
+
+
+def test_actions_are_read_from_words_and_files(tmp_path):
+    assert torch.equal(read_actions("0,2,1", 3, 2, 3), torch.tensor([[0, 2, 1]] * 2))
+    for array in (np.array([2, 0], np.uint8), np.array([[0.5, -1, 3], [1, 2, 3]])):
+        np.save(tmp_path / "a.npy", array)
+        found = read_actions(str(tmp_path / "a.npy"), 2, 1, 3)
+        assert found.dtype == (torch.int64 if array.ndim == 1 else torch.float32)
+        assert np.array_equal(found[0].numpy(), array)
+
+
+@pytest.mark.parametrize("text, action_dim, named", [
+    ("0,1", 3, r"\(2,\).*--frames=3.*\(3,\)"), ("0,1,3", 3, "0 to 3.*0 to 2"), ("0,-1,1", 3, "-1 to 1"),
+    ("up,down,up", 3, "up,down,up: expected whole numbers"), ("nothing.npy", 3, "nothing.npy"), ("0,1,2", 0, "without"),
+])
+def test_actions_that_do_not_fit_are_named(text, action_dim, named):
+    with pytest.raises(UserError, match=named):
+        read_actions(text, 3, 1, action_dim)
 
 
 def test_a_rollout_ends_with_its_actions(context):
