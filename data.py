@@ -38,14 +38,18 @@ def require(condition, message):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, keep=None):
     """A temporary path beside `path`, moved there if the block ends well and removed if not: a file of that name
-    is always whole. UserError if it cannot be written."""
+    is always whole, also after a power cut. The file that was there moves to `keep`. UserError if it cannot be done."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -191,6 +191,10 @@ def reconstruct_ema(folder, step, width):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints.
 
+VERSION = 1                                                 # of checkpoints; a new one when old ones cannot be read
+CHECKPOINT_KEYS = ("version", "step", "settings", "model_config", "stats", "model", "optimizer", "ema", "recent")
+
+
 def load_file(path, keys):
     """A dict of tensors and plain values that has `keys`; whatever is wrong with the file is one line naming it."""
     try:
@@ -200,13 +204,12 @@ def load_file(path, keys):
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read ({reason}): it is damaged, or no checkpoint of this program") from error
+    if isinstance(state, dict) and state.get("version", VERSION) != VERSION:
+        raise UserError(f"{path} is of version {state['version']} of checkpoints; this program reads {VERSION}")
     missing = set(keys) - set(state if isinstance(state, dict) else ())
     if missing:
         raise UserError(f"{path} is no checkpoint of this program: it has no {', '.join(sorted(missing))}")
     return state
-
-
-CHECKPOINT_KEYS = ("version", "step", "settings", "model_config", "stats", "model", "optimizer", "ema", "recent")
 
 
 def newest_checkpoint(root="out"):

@@ -6,11 +6,13 @@
 Interrupt it when you like: it saves, and the same command goes on from there.
 """
 import contextlib
+import io
 import json
 import math
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from data import Batches, load_batch, measure, open_source, replacing, to_networ
 from model import Denoiser, ModelConfig
 from sample import (
     CHECKPOINT_KEYS,
+    VERSION,
     beside,
     compute_dtype,
     ema_exponent,
@@ -79,6 +82,7 @@ warmup_steps = 100              # steps of linear warm-up
 decay = "linear"                # after warm-up: linear (to 0 at max_steps), or sqrt: lr / sqrt(step / ref_steps)
 ref_steps = 1000                # step at which the sqrt decay sets in
 grad_clip = 1.0                 # largest gradient norm; larger ones are scaled down
+max_skipped = 20                # steps in a row without a finite gradient, after which the run ends
 ema_widths = (0.05, 0.1)        # power-function averages of the weights, as fractions of the run
 # -- evaluation
 eval_clips = 32                 # held-out clips per evaluation
@@ -91,8 +95,9 @@ seed = 0                        # of weights, data and noise
 device = "auto"                 # auto, cpu, cuda, ..
 compile = False                 # torch.compile the network: slow to start, faster steps
 
-FREE_TO_CHANGE = {"init_from", "log_interval", "eval_interval", "checkpoint_interval", "device", "compile", "out_dir",
-                  "data_dir", "accumulate", "eval_clips", "eval_context", "picture_frames", "picture_steps"}
+FREE_TO_CHANGE = {"init_from", "out_dir", "data_dir", "log_interval", "eval_interval", "checkpoint_interval",
+                  "device", "compile", "accumulate", "max_skipped", "eval_clips", "eval_context", "picture_frames",
+                  "picture_steps"}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -254,6 +259,39 @@ def draw_picture(path, model, source, stats, cfg, device):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints and the log.
 
+def packed(state):
+    """`state` as torch.save writes it, in host memory: from here on, training may change the tensors."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
+
+
+def previous(path):
+    return path.with_name(f"{path.stem}-previous{path.suffix}")
+
+
+class Writer:
+    """Writes files in a thread, so that training need not wait for a disk. A failure is told when next heard of, and
+    ends the run if the one before failed too; a file that cannot be replaced stays as it was."""
+
+    def __init__(self):
+        self.thread, self.ahead, self.failures = ThreadPoolExecutor(1), [], 0
+
+    def write(self, path, content, keep=None):
+        def work():
+            with replacing(path, keep) as temporary:
+                temporary.write_bytes(content)
+        self.ahead.append(self.thread.submit(work))
+
+    def wait(self, final=False):
+        """Until what was given is on the disk. UserError for a second failure in a row, or for any at the end."""
+        errors = [error for error in (write.exception() for write in self.ahead) if error]
+        self.failures, self.ahead = self.failures + 1 if errors else 0 if self.ahead else self.failures, []
+        if errors and (final or self.failures > 1 or not isinstance(errors[0], UserError)):
+            raise errors[0]
+        if errors:
+            print(f"\n{errors[0]}: the checkpoint before it is kept, and training goes on", flush=True)
+
 def differences(old, new):
     """Settings that a resumed run would change, in words."""
     return [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
@@ -341,20 +379,29 @@ class Run:
         self.optimizer = torch.optim.Adam(self.model.parameters(), betas=(0.9, 0.99), fused=True)
         self.ema = PowerEMA(self.model, cfg.ema_widths)
         self.step, self.recent = 0, []                      # steps done; losses since the last line of the log
-        self.resume(self.folder / "checkpoint.pt")
+        self.writer = Writer()
+        self.path = self.folder / "checkpoint.pt"
+        self.resume(self.path)
         self.network = torch.compile(self.model) if cfg.compile else self.model
         if self.world_size > 1:
             self.network = DistributedDataParallel(self.network)
         self.start_log()
 
     def resume(self, path):
-        """Goes on from the checkpoint at `path`, if there is one."""
-        if not path.exists():
+        """Goes on from the checkpoint at `path`, if there is one, or from the one before if that cannot be read."""
+        if not path.exists() and not previous(path).exists():
             return
         if self.cfg.init_from == "scratch":
             raise UserError(f"{path} holds a run already, which init_from=scratch would overwrite: "
                             "choose another out_dir, or move it away")
-        state = load_file(path, CHECKPOINT_KEYS)
+        try:
+            state = load_file(path, CHECKPOINT_KEYS)
+        except UserError as error:
+            if not previous(path).exists():
+                raise
+            state, path = load_file(previous(path), CHECKPOINT_KEYS), previous(path)
+            if self.rank == 0:
+                print(f"{error}; taking the one before it")
         changed = differences(state["settings"], vars(self.cfg))
         if changed:
             raise UserError(f"{path} is of a run with other settings: {'; '.join(changed)}. "
@@ -380,14 +427,17 @@ class Run:
         averages too, in a file of their own, for reconstructing other widths."""
         if self.rank > 0:
             return
-        state = {"version": 1, "step": self.step, "settings": vars(self.cfg), "model_config": asdict(self.model.cfg),
-                 "stats": self.stats, "origin": self.source.origin, "model": self.model.state_dict(),
-                 "optimizer": self.optimizer.state_dict(), "ema": self.ema.averages, "recent": self.recent}
-        with replacing(self.folder / "checkpoint.pt") as temporary:
-            torch.save(state, temporary)
+        self.writer.wait()
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise UserError(f"step {self.step}: weights are not finite; the last checkpoint is kept. Lower lr")
+        state = {"version": VERSION, "step": self.step, "settings": vars(self.cfg),
+                 "model_config": asdict(self.model.cfg), "stats": self.stats,
+                 "origin": self.source.origin, "model": self.model.state_dict(), "recent": self.recent,
+                 "optimizer": self.optimizer.state_dict(), "ema": self.ema.averages}
+        self.writer.write(self.path, packed(state), keep=previous(self.path))
         if self.due(self.cfg.checkpoint_interval):
-            with replacing(self.folder / f"ema-{self.step:08d}.pt") as temporary:
-                torch.save({"step": self.step, "ema": self.ema.halved()}, temporary)
+            snapshot = {"step": self.step, "ema": self.ema.halved()}
+            self.writer.write(self.folder / f"ema-{self.step:08d}.pt", packed(snapshot))
 
     def due(self, interval):
         """Whether something that happens every `interval` steps, and at the end, happens now."""
@@ -444,20 +494,25 @@ def optimizer_step(model, optimizer, step, cfg):
         optimizer.step()
         model.normalize_weights()
     else:
-        print(f"\nstep {step}: the gradient norm is {norm}; the step is skipped", flush=True)
+        clips = f"clips {step * cfg.batch_size} to {(step + 1) * cfg.batch_size - 1}"
+        print(f"\nstep {step}: the gradient norm is {norm}; the step is skipped ({clips})", flush=True)
     optimizer.zero_grad(set_to_none=True)
     return norm
 
 
 def train(run, batches, bar, stop):
     """Steps until the end, or until any process was asked to stop."""
-    cfg, began = run.cfg, time.perf_counter()
+    cfg, began, skipped = run.cfg, time.perf_counter(), 0
     frames = cfg.log_interval * cfg.batch_size * cfg.noised_copies * run.source.frames
     while run.step < cfg.max_steps and not sum_over_ranks(torch.tensor(len(stop), device=run.device)):
         if cfg.dropout:
             torch.manual_seed(cfg.seed + run.step * run.world_size + run.rank)
         loss = gradients(run.network, batches, cfg, run.stats, run.device)
         norm = optimizer_step(run.model, run.optimizer, run.step, cfg)
+        skipped = 0 if math.isfinite(norm) else skipped + 1
+        if skipped == cfg.max_skipped:
+            raise UserError(f"step {run.step}: {skipped} gradients in a row were not finite; {run.path} is of before. "
+                            "Lower lr, or look at the clips named above")
         run.step += 1
         run.ema.update(run.step)
         run.recent.append((sum_over_ranks(loss) / run.world_size).item())
@@ -479,13 +534,14 @@ def main(cfg):
     ask_to_stop(stop)
     batches = Batches(run.source, cfg.batch_size, run.device, run.step, run.rank, run.world_size, cfg.accumulate)
     bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
-    with batches, bar:
+    with batches, bar, run.writer.thread:
         train(run, batches, bar, stop)
-    stopped = run.step < cfg.max_steps                      # this process was asked to, or another one
-    if stopped:
-        run.save()
+        stopped = run.step < cfg.max_steps                  # this process was asked to, or another one
+        if stopped:
+            run.save()
+    run.writer.wait(final=True)
     if run.rank == 0:
-        print(f"{'stopped' if stopped else 'done'} at step {run.step}: {run.folder / 'checkpoint.pt'}")
+        print(f"{'stopped' if stopped else 'done'} at step {run.step}: {run.path}")
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped:

@@ -1,14 +1,18 @@
 """Training: the loss, what surrounds the optimizer, evaluation, and runs that stop, go on, split up and go wrong."""
 
+import itertools
 import json
 import math
 import os
 import pickle
+import random
+import resource
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -691,6 +695,100 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_as_it_is(half_done,
     assert not code_ran.exists()
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_run_whose_newest_checkpoint_is_torn_goes_on_from_the_one_before(tiny, tmp_path, capsys, damage):
+    changes = {"checkpoint_interval": 2, "max_steps": 6}
+    train.main(tiny("whole", **changes))
+    train.main(tiny("torn", **changes))
+    path = tmp_path / "torn" / "checkpoint.pt"
+    assert torch.load(train.previous(path), weights_only=True)["step"] == 4
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[:-1000])
+    capsys.readouterr()
+    train.main(tiny("torn", **changes))
+    said = capsys.readouterr().out
+    assert "checkpoint-previous.pt at step 4 of 6" in said and f"{path}" in said
+    assert_same_run(tmp_path / "torn", tmp_path / "whole")
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tiny, tmp_path):
+    """kill -9 in the middle of steps and of saves; `KILLS=50 python -m pytest -k killed_at_random` tries harder.
+    Whenever a run dies, its newest checkpoint can be read."""
+    changes = {"checkpoint_interval": 3, "max_steps": 120, "ema_widths": (0.1,), "log_interval": 10}
+    train.main(tiny("whole", **changes))
+    rng, path, kills = random.Random(0), tmp_path / "killed" / "checkpoint.pt", 0
+    while kills < int(os.environ.get("KILLS", 5)):
+        child = os.fork()
+        if child == 0:
+            with open(os.devnull, "w") as nowhere, suppress(BaseException):
+                os.dup2(nowhere.fileno(), 1)
+                os.dup2(nowhere.fileno(), 2)
+                train.main(tiny("killed", **changes))
+            os._exit(0)
+        time.sleep(rng.uniform(0.1, 0.5))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        newest = path if path.exists() else train.previous(path)
+        if newest.exists():
+            assert 0 < torch.load(newest, weights_only=True)["step"] <= 120
+        if not os.WIFSIGNALED(status):
+            break
+    assert kills > 0
+    train.main(tiny("killed", **changes))
+    assert_same(load(tmp_path / "killed")["model"], load(tmp_path / "whole")["model"])
+    assert_same(load(tmp_path / "killed")["optimizer"], load(tmp_path / "whole")["optimizer"])
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """full_disk(saves): during those saves (numbers, 0 is the first) no file may grow beyond 10 kB, by the kernel's
+    own limit on file sizes."""
+    size, limits = resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler, count, save = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), itertools.count(), train.Run.save
+
+    def fill(saves):
+        def limited(run):
+            run.writer.wait()                                           # what was saved before it has its space
+            full = next(count) in saves
+            resource.setrlimit(size, (10_000, limits[1]) if full else limits)
+            save(run)
+        monkeypatch.setattr(train.Run, "save", limited)
+
+    yield fill
+    resource.setrlimit(size, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_failed_save_keeps_the_last_checkpoint_and_training_goes_on(tiny, tmp_path, full_disk, capsys):
+    train.main(tiny("whole", checkpoint_interval=2))
+    full_disk({1})
+    train.main(tiny("full", checkpoint_interval=2))
+    said = [line for line in capsys.readouterr().out.splitlines() if "training goes on" in line]
+    assert len(said) == 1 and "checkpoint.pt cannot be written" in said[0]
+    assert_same(load(tmp_path / "full")["model"], load(tmp_path / "whole")["model"])
+    folder = tmp_path / "full"
+    assert torch.load(train.previous(folder / "checkpoint.pt"), weights_only=True)["step"] == 2
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("saves, steps", [({1, 2}, 8), ({2}, 6)])
+def test_two_failed_saves_in_a_row_or_the_last_one_end_the_run_and_keep_what_there_is(tiny, tmp_path, full_disk, saves,
+                                                                                      steps):
+    full_disk(saves)
+    with pytest.raises(UserError, match=r"checkpoint\.pt cannot be written"):
+        train.main(tiny(checkpoint_interval=2, max_steps=steps))
+    assert load(tmp_path / "run")["step"] == 2 * min(saves)
+
+
+def test_a_checkpoint_of_another_version_is_refused(half_done):
+    folder, cfg = half_done
+    torch.save({**load(folder), "version": 99}, folder / "checkpoint.pt")
+    assert "version 99" in assert_refused(cfg, folder)
+
+
 # ------------------------------------------------------------------------------------------------
 # Runs that go wrong
 
@@ -729,6 +827,32 @@ def test_a_step_with_a_gradient_that_is_not_finite_is_not_taken(tiny, tmp_path, 
     assert len(said) == 1 and said[0].startswith("step 1:")
     for path, leaf in leaves(load(tmp_path / "run")).items():
         assert not isinstance(leaf, torch.Tensor) or leaf.isfinite().all(), path
+
+
+def test_a_run_ends_after_some_gradients_in_a_row_that_are_not_finite(tiny, tmp_path, monkeypatch, capsys):
+    """The third such in a row ends it; two before, with a good one between, do not. The batch is named."""
+    loss_of, calls, spoilt = train.loss_of, itertools.count(), {1, 3, 4, 5}
+    monkeypatch.setattr(train, "loss_of", lambda *a: loss_of(*a) * (math.nan if next(calls) in spoilt else 1))
+    with pytest.raises(UserError, match="step 5: 3 gradients in a row"):
+        train.main(tiny(max_steps=8, max_skipped=3, checkpoint_interval=1))
+    said = capsys.readouterr().out
+    assert "clips 4 to 7" in said and "clips 20 to 23" in said and "clips 8 to 11" not in said
+    assert all(p.isfinite().all() for p in load(tmp_path / "run")["model"].values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny, tmp_path, monkeypatch):
+    optimizer_step, calls = train.optimizer_step, itertools.count()
+
+    def spoil(model, *arguments):
+        norm = optimizer_step(model, *arguments)
+        if next(calls) == 3:
+            model.noise_emb.weight.data[0, 0] = math.nan
+        return norm
+
+    monkeypatch.setattr(train, "optimizer_step", spoil)
+    with pytest.raises(UserError, match="step 4: weights are not finite"):
+        train.main(tiny(checkpoint_interval=2, max_steps=8))
+    assert load(tmp_path / "run")["step"] == 2
 
 
 def test_the_log_remains_json_after_a_loss_that_is_not_finite(tiny, tmp_path, monkeypatch):
