@@ -3,12 +3,13 @@
     python sample.py --out rollout.gif                       # the newest checkpoint under out/
     python sample.py --checkpoint=out/mnist/checkpoint.pt --frames=200 --samples=8 --out=long.gif
 """
-import contextlib
 import functools
 import importlib.util
 import itertools
 import math
 import os
+import signal
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,60 +247,62 @@ def compute_dtype(device):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Writers. Videos are uint8 arrays n t c h w; their first `given` frames get a bright border.
+# Writers. They take frames as these are made, uint8 n c h w each, n samples side by side; the first `given` ones get a
+# bright border. A film is encoded frame by frame; the other formats need all frames before they can begin.
 
 GIVEN_COLOUR, MADE_COLOUR = (255, 160, 0), (48, 48, 48)
 
 
-def cells(videos, given, scale):
-    """Every frame as a picture with a border: n t h w 3."""
-    if videos.shape[2] not in (1, 3):
-        raise UserError(f"frames of {videos.shape[2]} channels are no pictures: use --out=NAME.npy")
-    n, t, _, h, w = videos.shape
+def bordered(frames, given, scale):
+    """Every frame as pictures: n h w 3."""
     edge = max(1, scale // 2)
-    framed = np.empty((n, t, h * scale + 2 * edge, w * scale + 2 * edge, 3), np.uint8)
-    framed[:, :given], framed[:, given:] = GIVEN_COLOUR, MADE_COLOUR
-    pixels = rearrange(videos, "n t c h w -> n t h w c").repeat(scale, axis=2).repeat(scale, axis=3)
-    framed[:, :, edge:-edge, edge:-edge] = pixels           # one channel fills all three
-    return framed
+    for t, frame in enumerate(frames):
+        n, channels, h, w = frame.shape
+        if channels not in (1, 3):
+            raise UserError(f"frames of {channels} channels are no pictures: use --out=NAME.npy")
+        pictures = np.empty((n, h * scale + 2 * edge, w * scale + 2 * edge, 3), np.uint8)
+        pictures[:] = GIVEN_COLOUR if t < given else MADE_COLOUR
+        pixels = rearrange(frame, "n c h w -> n h w c").repeat(scale, axis=1).repeat(scale, axis=2)
+        pictures[:, edge:-edge, edge:-edge] = pixels        # one channel fills all three
+        yield pictures
 
 
-def write_array(file, videos, given, scale, fps):
-    np.save(file, rearrange(videos, "n t c h w -> n t h w c"))
+def tiled(frames, given, scale):
+    """Every frame as one picture h w 3, the samples in rows of at most eight."""
+    for pictures in bordered(frames, given, scale):
+        columns = min(len(pictures), 8)
+        blank = np.zeros((-len(pictures) % columns, *pictures.shape[1:]), np.uint8)
+        yield rearrange(np.concatenate([pictures, blank]), "(r n) h w c -> (r h) (n w) c", n=columns)
 
 
-def write_sheet(file, videos, given, scale, fps):
-    """A contact sheet: a row per video, a column per frame."""
-    sheet = rearrange(cells(videos, given, scale), "n t h w c -> (n h) (t w) c")
+def write_array(file, frames, given, scale, fps):
+    np.save(file, rearrange(list(frames), "t n c h w -> n t h w c"))
+
+
+def write_sheet(file, frames, given, scale, fps):
+    """A contact sheet: a row per sample, a column per frame."""
+    sheet = rearrange(list(bordered(frames, given, scale)), "t n h w c -> (n h) (t w) c")
     Image.fromarray(sheet).save(file, format="png")
 
 
-def tiled(videos, given, scale):
-    """The videos side by side, in rows of at most eight: t h w 3."""
-    columns = min(len(videos), 8)
-    blank = np.zeros((-len(videos) % columns, *videos.shape[1:]), np.uint8)
-    tiles = cells(np.concatenate([videos, blank]), given, scale)
-    return rearrange(tiles, "(r n) t h w c -> t (r h) (n w) c", n=columns)
-
-
-def write_gif(file, videos, given, scale, fps):
+def write_gif(file, frames, given, scale, fps):
     """An endless GIF. Its clock counts hundredths of a second: each frame ends at the nearest one, so that a rate
     such as 30 frames per second holds over the whole."""
-    pictures = [Image.fromarray(picture) for picture in tiled(videos, given, scale)]
+    pictures = [Image.fromarray(picture) for picture in tiled(frames, given, scale)]
     ends = np.rint(100 / fps * np.arange(len(pictures) + 1)).astype(int)
     pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], loop=0,
                      duration=(10 * np.diff(ends)).tolist())
 
 
-def write_film(file, videos, given, scale, fps, kind, codec):
-    """An mp4 or webm file."""
+def write_film(file, frames, given, scale, fps, kind, codec):
+    """An mp4 or webm file; yuv420p, which every player shows, needs even sizes."""
     import av  # optional: `check_extension` asked for it
-    pictures = tiled(videos, given, scale)
-    pictures = np.pad(pictures, [(0, 0), (0, pictures.shape[1] % 2), (0, pictures.shape[2] % 2), (0, 0)])
-    with av.open(file, "w", format=kind) as container:      # yuv420p, which every player shows, needs even sizes
+    with av.open(file, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=fps)
-        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
-        for picture in pictures:
+        for t, picture in enumerate(tiled(frames, given, scale)):
+            picture = np.pad(picture, [(0, picture.shape[0] % 2), (0, picture.shape[1] % 2), (0, 0)])
+            if t == 0:
+                stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
         container.mux(stream.encode())
 
@@ -316,30 +319,31 @@ def check_extension(path):
         raise UserError(f"--out={path}: films are written by PyAV, which is not installed: pip install av")
 
 
-def write(path, videos, given=0, scale=4, fps=10):
+def write(path, frames, given=0, scale=4, fps=10):
     """To `path`, as its extension says."""
     check_extension(path)
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        WRITERS[Path(path).suffix](file, videos, given, scale, fps)
+        WRITERS[Path(path).suffix](file, frames, given, scale, fps)
 
 
-def beside(clips, made):
-    """Each clip's own frames, then what was made of it: uint8 (b two) t c h w."""
-    return rearrange([clips.numpy()[:, :made.shape[1]], made], "two b t c h w -> (b two) t c h w")
-
-
-def make_videos(model, clips, given, frames, stats, rollout_settings, actions=None, progress=False):
-    """uint8 clips b t c h w -> uint8 array b `frames` c h w: the first `given` frames, then the model's own. With
-    `progress`, Ctrl-C ends the rollout, and the frames made so far are kept."""
+def roll_out(model, clips, given, frames, stats, settings, actions=None, progress=False, stop=()):
+    """Yields `frames` frames, uint8 b c h w: the first `given` ones of the uint8 clips b t c h w, then the model's own.
+    Fewer, if something comes to be in the list `stop`."""
     clip = to_network(clips[:, :given], stats, model.cfg.sigma_data)
     black_and_white = torch.tensor([0, 255], dtype=torch.uint8, device=clips.device)[:, None, None, None]
     limits = to_network(black_and_white, stats, model.cfg.sigma_data).unbind()
-    rollout = Rollout(model, clip, actions=actions, limits=limits, **rollout_settings)
-    videos = [clips[:, :given]]
-    with contextlib.suppress(*[KeyboardInterrupt] * progress):
-        for _ in tqdm(range(frames - given), unit="frame", disable=not progress):
-            videos.append(to_pixels(next(rollout)[:, None], stats, model.cfg.sigma_data))
-    return torch.cat(videos, dim=1).cpu().numpy()
+    rollout = Rollout(model, clip, actions=actions, limits=limits, **settings)
+    yield from clips[:, :given].cpu().numpy().swapaxes(0, 1)
+    for _ in tqdm(range(frames - given), unit="frame", disable=not progress):
+        if stop:
+            break
+        yield to_pixels(next(rollout), stats, model.cfg.sigma_data).cpu().numpy()
+
+
+def beside(clips, frames):
+    """Each clip's own frame, then what was made of it: yields uint8 (b two) c h w."""
+    for true, made in zip(clips.numpy().swapaxes(0, 1), frames):
+        yield rearrange([true, made], "two b c h w -> (b two) c h w")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -429,10 +433,14 @@ def main(cfg):
     if cfg.context_noise < 0:
         cfg.context_noise = settings.context_noise / 2
         print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")
-    videos = make_videos(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),
-                         None if actions is None else actions.to(device), progress=True)
-    write(cfg.out, beside(clips, videos) if cfg.truth else videos, cfg.context, cfg.scale, cfg.fps)
-    print(f"{cfg.out}: {cfg.samples} samples of {videos.shape[1]} frames, the first {cfg.context} given")
+    frames = roll_out(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),
+                      None if actions is None else actions.to(device), progress=True, stop=(stop := []))
+    for number in (signal.SIGINT, signal.SIGTERM):          # what has been made is written; a second one ends at once
+        signal.signal(number, lambda number, _: sys.exit(128 + number) if stop else stop.append(number))
+    count = itertools.count()
+    frames = (frame for frame, _ in zip(beside(clips, frames) if cfg.truth else frames, count))
+    write(cfg.out, frames, cfg.context, cfg.scale, cfg.fps)
+    print(f"{cfg.out}: {cfg.samples} samples of {next(count)} frames, the first {cfg.context} given")
 
 
 if __name__ == "__main__":

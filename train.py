@@ -33,9 +33,9 @@ from sample import (
     compute_dtype,
     ema_exponent,
     load_file,
-    make_videos,
     noise_levels,
     pick_device,
+    roll_out,
     seeded,
     write,
 )
@@ -251,8 +251,8 @@ def draw_picture(path, model, source, stats, cfg, device):
     length = min(cfg.picture_frames, source.frames)
     settings = {"levels": noise_levels(cfg.picture_steps, 0.1, 40, 7), "seed": cfg.seed,
                 "context_noise": cfg.context_noise / 2}
-    made = make_videos(model, clips.to(device), cfg.eval_context, length, stats, settings,
-                       None if actions is None else actions.to(device))
+    made = roll_out(model, clips.to(device), cfg.eval_context, length, stats, settings,
+                    None if actions is None else actions.to(device))
     write(path, beside(clips, made), cfg.eval_context, scale=2)
 
 

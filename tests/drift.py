@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import UserError, run
 from data import load_batch, open_source, replacing
-from sample import compute_dtype, load_model, make_videos, newest_checkpoint, noise_levels, pick_device
+from sample import compute_dtype, load_model, newest_checkpoint, noise_levels, pick_device, roll_out
 
 # -- what to measure
 checkpoint = ""                 # file to sample from; empty: the newest checkpoint.pt under out/
@@ -154,8 +154,8 @@ def main(cfg):
         solver, steps, low, high, noise, guidance = values
         settings = {"levels": noise_levels(steps, low, high, 7), "seed": cfg.seed, "context_noise": noise,
                     "solver": solver, "guidance": guidance}
-        videos = make_videos(model, truth.to(device), cfg.given, cfg.frames, state["stats"], settings, progress=True)
-        results[name] = measure(torch.from_numpy(videos), truth, labels, net)
+        frames = roll_out(model, truth.to(device), cfg.given, cfg.frames, state["stats"], settings, progress=True)
+        results[name] = measure(torch.from_numpy(np.stack(list(frames), axis=1)), truth, labels, net)
         print_table(name, results[name], cfg)
     if cfg.out:
         with replacing(cfg.out) as temporary:

@@ -316,6 +316,19 @@ def test_mistakes_are_named(command, tmp_path, line, named):
     assert not (tmp_path / "rollout.gif").exists()
 
 
+def test_an_interrupted_rollout_keeps_the_frames_made_so_far(workshop, tmp_path):
+    settings = ROLLOUT | {"checkpoint": workshop[0] / "out/mnist/checkpoint.pt", "frames": 100_000, "out": "a.npy"}
+    process = start(tmp_path, "sample.py", *flags(settings))
+    while process.poll() is None and b"frame/s" not in os.read(process.stderr.fileno(), 1000):
+        pass                                                            # until the progress bar shows a rate
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert done.code == 0, done.err
+    made = np.load(tmp_path / "a.npy")
+    assert 2 < made.shape[1] < 100_000 and f"samples of {made.shape[1]} frames" in done.out
+
+
 def test_the_truth_may_be_shown_above_each_sample(sampled):
     made, both = (np.load(sampled(f"{truth}.npy", truth=truth)[1]) for truth in (False, True))
     assert np.array_equal(both[1::2], made)
@@ -381,3 +394,24 @@ def test_a_folder_without_videos_is_named(command, tmp_path):
 def test_a_file_that_is_no_checkpoint_is_named(command, tmp_path, content):
     (tmp_path / "a.pt").write_text(content)
     assert_refused(command(tmp_path, "sample.py", "--checkpoint=a.pt"), "a.pt")
+
+
+# ------------------------------------------------------------------------------------------------
+# The programs beside the tests: what they count is asserted, what they time is not
+
+
+def test_the_benchmark_counts_what_the_method_saves(command, tmp_path, workshop):
+    """Operations per supervised frame, over those of an image: two copies and a past for one noised copy, and less for
+    each of four that share them; the shared past costs less than a past for every copy."""
+    done = command(tmp_path, "tests/bench.py", "--quick", "--supervised_frames=8", "--repeat_times=1", "--far=10",
+                   "--device=cpu", "--out=bench.json", f"--data_dir={workshop[0] / 'digits'}")
+    assert done.code == 0, done.err
+    tables = json.loads((tmp_path / "bench.json").read_text())
+    assert set(tables) == {"train", "conv", "attention", "data", "sample"} and all(tables.values())
+    ratios = {(row["R"], row["T"]): row["FLOPs/image"] for row in tables["train"]}
+    assert 2 < ratios[1, 8] < 3 and 1.1 < ratios[4, 8] < 1.6
+    for row in tables["attention"]:
+        frames, window = row["T"], row["window"]
+        seen = sum(2 * min(t, window - 1) + 2 for t in range(frames))
+        assert row["hidden pairs %"] == pytest.approx(100 * (1 - seen / (2 * frames) ** 2))
+    assert len({row["cache MB"] for row in tables["sample"] if "cache MB" in row}) == 1

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import sample as sampling
 from config import UserError
 from model import Cache, Denoiser, ModelConfig
 from sample import (
@@ -16,19 +17,28 @@ from sample import (
     MADE_COLOUR,
     Rollout,
     ema_exponent,
-    make_videos,
     noise_levels,
     profile_overlap,
     read_actions,
     reconstruction,
     reverse_diffusion,
+    roll_out,
     seeded,
-    write,
 )
 from train import PowerEMA
 
 CPU = torch.device("cpu")
 heun = partial(reverse_diffusion, solver="heun")
+
+
+def write(path, videos, *options, **more):
+    """Videos n t c h w, frame by frame."""
+    sampling.write(path, iter(videos.swapaxes(0, 1)), *options, **more)
+
+
+def make_videos(*arguments, **more):
+    return np.stack(list(roll_out(*arguments, **more)), axis=1)
+
 
 # ------------------------------------------------------------------------------------------------
 # Noise levels and Heun's method. On a Gaussian the ideal denoiser and the exact solution are known.
@@ -236,26 +246,17 @@ def test_a_frame_is_clamped_before_it_becomes_the_past(model, context):
     assert not torch.allclose(free[:, 2].clamp(-0.3, 0.2), made[:, 2], rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("progress", [True, False])
-def test_an_interrupted_rollout_keeps_the_frames_made_so_far_if_someone_is_watching(model, progress, monkeypatch):
+def test_frames_come_as_they_are_made_until_they_are_stopped(model):
     clips = torch.randint(256, (2, 3, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    stats, settings = {"mean": [0.5], "std": [0.3]}, {"levels": LEVELS}
-    whole = make_videos(model, clips, 2, 6, stats, settings)
+    arguments = model, clips, 2, 6, {"mean": [0.5], "std": [0.3]}, {"levels": LEVELS}
+    whole = make_videos(*arguments)
     assert whole.shape == (2, 6, 1, 4, 4) and np.array_equal(whole[:, :2], clips[:, :2])
-    step, calls = Denoiser.step, []
-
-    def interrupted(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == 1 + 2 * len(LEVELS) + 1:                       # in the third frame, after the given ones' pass
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(Denoiser, "step", interrupted)
-    if progress:
-        assert np.array_equal(make_videos(model, clips, 2, 6, stats, settings, progress=True), whole[:, :4])
-    else:
-        with pytest.raises(KeyboardInterrupt):
-            make_videos(model, clips, 2, 6, stats, settings)
+    stop, seen = [], []
+    for frame in roll_out(*arguments, stop=stop):
+        seen.append(frame)
+        if len(seen) == 4:
+            stop.append(True)
+    assert np.array_equal(np.stack(seen, axis=1), whole[:, :4])
 
 
 def test_history_guidance_extrapolates_from_a_frame_without_a_past(model, context):
