@@ -207,18 +207,34 @@ def draw_velocity(rng, low, high, whole_pixels, across=slice(0)):
     return length * np.array([np.sin(angle), np.cos(angle)])
 
 
+def check_digits(cfg, split):
+    """UserError for settings that digits cannot be drawn with."""
+    require(split in FILES, f"split={split!r}: choose 'train' or 'val'")
+    for name, least in (("frames", 1), ("digits", 1), ("digit_size", 1), ("seed", 0)):
+        require(getattr(cfg, name) >= least, f"{name}={getattr(cfg, name)}: set {least} or more")
+    require(cfg.digit_size <= cfg.frame_size, f"digit_size={cfg.digit_size}: at most frame_size={cfg.frame_size}")
+
+
+def random_digit(bank, size, rng):
+    digit = Image.fromarray(bank[rng.integers(len(bank))])
+    return np.asarray(digit.resize((size, size), Image.Resampling.BILINEAR))             # smooths as it shrinks
+
+
+def paint(picture, digit, y, x):
+    """The digit, its top left corner at (y, x); where two overlap, the brighter shows."""
+    window = picture[y:y + len(digit), x:x + len(digit)]
+    np.maximum(window, digit, out=window)
+
+
 class MovingDigits:
-    """Digits that move over a black square and bounce off its walls; where two overlap, the brighter shows.
+    """Digits that move over a black square and bounce off its walls.
 
     With cfg.whole_pixels, places and velocities are whole pixels, so that away from walls a frame is an exact shift
     of the last one; else real numbers, rounded to draw, as in Moving MNIST. At a wall cfg.bounce 'reflect' mirrors
     the velocity, and 'random' draws a new direction, with whole pixels also a new speed: too few are equally fast."""
 
     def __init__(self, cfg, split):
-        require(split in FILES, f"split={split!r}: choose 'train' or 'val'")
-        for name, least in (("frames", 1), ("digits", 1), ("digit_size", 1), ("seed", 0)):
-            require(getattr(cfg, name) >= least, f"{name}={getattr(cfg, name)}: set {least} or more")
-        require(cfg.digit_size <= cfg.frame_size, f"digit_size={cfg.digit_size}: at most frame_size={cfg.frame_size}")
+        check_digits(cfg, split)
         require(cfg.bounce in ("reflect", "random"), f"bounce={cfg.bounce!r}: choose 'reflect' or 'random'")
         is_range = len(cfg.speed) == 2 and 0 <= cfg.speed[0] <= cfg.speed[1] < np.inf
         require(is_range, f"speed={cfg.speed!r}: set (lo, hi), 0 <= lo <= hi, as in --speed=1,3")
@@ -251,15 +267,59 @@ class MovingDigits:
 
     def clip(self, index):
         """Clip `index` as (uint8 (t, 1, h, w), None): digits have no actions."""
-        rng, size = np.random.default_rng((*self.stream, index)), self.cfg.digit_size
+        rng = np.random.default_rng((*self.stream, index))
         frames = np.zeros((self.frames, *self.shape), np.uint8)
         for _ in range(self.cfg.digits):
-            digit = Image.fromarray(self.bank[rng.integers(len(self.bank))])
-            digit = np.asarray(digit.resize((size, size), Image.Resampling.BILINEAR))   # smooths as it shrinks
+            digit = random_digit(self.bank, self.cfg.digit_size, rng)
             for frame, (y, x) in zip(frames[:, 0], self._path(rng)):
-                window = frame[y:y + size, x:x + size]
-                np.maximum(window, digit, out=window)
+                paint(frame, digit, y, x)
         return frames, None
+
+
+# ---------------------------------------------------------------------------------------------------
+# A world to walk in: what a place looks like is settled, so coming back tests memory against a known truth.
+
+MOVES = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])            # (y, x) of stay, up, down, left, right
+
+
+class CanvasWorld:
+    """A canvas strewn with digits, seen through a window that the actions move by cfg.speed[0] pixels; at the
+    canvas's edge it stays. Action t led to frame t; the first is to stay. Walks often turn back."""
+
+    def __init__(self, cfg, split):
+        check_digits(cfg, split)
+        self.move, self.free = int(cfg.speed[0]), cfg.canvas_size - cfg.frame_size
+        require(self.move >= 1 and self.move == cfg.speed[0],
+                f"speed={cfg.speed!r}: the first is the pixels of a move, a whole number from 1")
+        require(self.free >= self.move,
+                f"canvas_size={cfg.canvas_size}: at least frame_size={cfg.frame_size} and a move of {self.move}")
+        self.cfg, self.stream = cfg, (cfg.seed, STREAMS[split])
+        self.frames, self.shape, self.action_dim = cfg.frames, (1, cfg.frame_size, cfg.frame_size), len(MOVES)
+        self.bank, self.origin = load_digits(cfg.data_dir, split, cfg.seed)
+
+    def canvas(self, rng):
+        canvas = np.zeros((self.cfg.canvas_size, self.cfg.canvas_size), np.uint8)
+        for y, x in rng.integers(0, self.cfg.canvas_size - self.cfg.digit_size + 1, (self.cfg.digits, 2)):
+            paint(canvas, random_digit(self.bank, self.cfg.digit_size, rng), y, x)
+        return canvas
+
+    def walk(self, rng):
+        """Actions t: seven times out of ten the last one again, else the way back or any."""
+        back, actions = [0, 2, 1, 4, 3], [0]
+        while len(actions) < self.frames:
+            choices = (actions[-1], back[actions[-1]], int(rng.integers(len(MOVES))))
+            actions.append(choices[rng.choice(3, p=(0.7, 0.1, 0.2))])
+        return np.array(actions)
+
+    def clip(self, index):
+        """Clip `index` as (uint8 (t, 1, h, w), actions (t,))."""
+        rng, size = np.random.default_rng((*self.stream, index)), self.cfg.frame_size
+        canvas, actions = self.canvas(rng), self.walk(rng)
+        place, frames = rng.integers(0, self.free // self.move + 1, 2) * self.move, []
+        for action in actions:
+            place = (place + self.move * MOVES[action]).clip(0, self.free // self.move * self.move)
+            frames.append(canvas[None, place[0]:place[0] + size, place[1]:place[1] + size])
+        return np.stack(frames), actions
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -304,10 +364,11 @@ def fit(frame, shape):
 
 def open_source(cfg, split):
     """The source of 'train' or 'val' clips. One process should come first, alone: it may have to download them."""
-    if cfg.dataset == "digits":
-        return MovingDigits(cfg, split)
+    sources = {"digits": MovingDigits, "world": CanvasWorld}
+    if cfg.dataset in sources:
+        return sources[cfg.dataset](cfg, split)
     require(cfg.dataset != "video", f"data_dir={cfg.data_dir}: no prepared clips were found there")
-    raise UserError(f"dataset={cfg.dataset!r} is unknown; choose 'digits' or 'video'")
+    raise UserError(f"dataset={cfg.dataset!r} is unknown; choose 'digits', 'world' or 'video'")
 
 
 # ---------------------------------------------------------------------------------------------------

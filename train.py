@@ -47,13 +47,14 @@ log_interval = 20               # optimizer steps between lines in log.jsonl
 eval_interval = 500             # optimizer steps between evaluations, each with a picture; 0: never
 checkpoint_interval = 500       # optimizer steps between checkpoints
 # -- data
-dataset = "digits"              # digits (made on the fly) or video (a prepared folder)
+dataset = "digits"              # digits or world (made on the fly), or video (a prepared folder)
 data_dir = "data/mnist"         # folder of the MNIST files, or of the prepared clips
 frames = 12                     # frames per clip; more than `window`, so that training sees full windows
 frame_size = 32                 # pixels, height and width
-digits = 1                      # digits per clip
+digits = 1                      # digits per clip, or strewn over the world's canvas
 digit_size = 20                 # pixels
-speed = (1.0, 3.0)              # slowest and fastest, pixels per frame
+speed = (1.0, 3.0)              # slowest and fastest, pixels per frame; of a world: the first, pixels per move
+canvas_size = 64                # pixels of the world's canvas, height and width
 whole_pixels = True             # whole-pixel velocities: each frame is an exact shift of the last
 bounce = "reflect"              # at the walls: reflect, or random (a new direction)
 # -- model

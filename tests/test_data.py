@@ -315,6 +315,56 @@ IMPOSSIBLE = [
 ]
 
 
+# ---- the world
+
+
+def world(data_dir, split="train", **changes):
+    settings = SETTINGS | {"frame_size": 16, "canvas_size": 40, "digits": 9, "speed": (4, 4), "frames": 60} | changes
+    return data.CanvasWorld(SimpleNamespace(data_dir=data_dir, **{"seed": 0} | settings), split)
+
+
+def test_a_world_is_a_function_of_seed_split_and_index(bank):
+    first, again = world(bank), world(bank)
+    frames, actions = first.clip(3)
+    assert frames.shape == (60, 1, 16, 16) and frames.dtype == np.uint8 and actions.shape == (60,)
+    assert first.action_dim == 5 and actions[0] == 0 and set(actions) == {0, 1, 2, 3, 4}
+    again.clip(2)
+    assert all(np.array_equal(one, other) for one, other in zip(first.clip(3), again.clip(3)))
+    for other in (first.clip(4), world(bank, seed=1).clip(3), world(bank, "val").clip(3)):
+        assert not np.array_equal(frames, other[0])
+
+
+def test_a_worlds_frames_are_windows_of_one_canvas_that_the_actions_move(bank):
+    """The walk is followed on a canvas put together from the frames: where they overlap, now or on coming back,
+    they must agree."""
+    steps = {0: (0, 0), 1: (-4, 0), 2: (4, 0), 3: (0, -4), 4: (0, 4)}
+    returns = 0
+    for index in range(8):
+        frames, actions = world(bank).clip(index)
+        found = []
+        for y, x in itertools.product(range(0, 25, 4), repeat=2):               # where might it have begun?
+            canvas, seen, place, fits = np.full((40, 40), -1), {}, np.array([y, x]), True
+            for t, (frame, action) in enumerate(zip(frames[:, 0], actions)):
+                place = (place + steps[action]).clip(0, 24)
+                window = canvas[place[0]:place[0] + 16, place[1]:place[1] + 16]
+                fits = fits and ((window == -1) | (window == frame)).all()
+                window[:] = frame
+                seen.setdefault(tuple(place), []).append(t)
+            found += [seen] if fits else []
+        assert found
+        returns += sum(b - a > 4 for times in found[0].values() for a, b in zip(times, times[1:]))
+    assert returns > 20                                                         # walks come back
+
+
+@pytest.mark.parametrize("changes, named", [
+    ({"speed": (1.5, 2)}, "speed=.*whole number"), ({"speed": (0, 2)}, "speed="), ({"digits": 0}, "digits=0"),
+    ({"canvas_size": 18}, "canvas_size=18"),
+])
+def test_worlds_that_cannot_be_are_named(bank, changes, named):
+    with pytest.raises(UserError, match=named):
+        world(bank, **changes)
+
+
 @pytest.mark.parametrize("changes, name, fix", IMPOSSIBLE)
 def test_settings_that_cannot_work_are_named_with_a_fix(bank, changes, name, fix):
     with pytest.raises(UserError) as error:
@@ -329,7 +379,7 @@ def test_open_source(bank):
     with pytest.raises(UserError, match=f"data_dir={bank}"):
         data.open_source(cfg, "train")
     cfg.dataset = "vidoe"
-    with pytest.raises(UserError, match="choose 'digits' or 'video'"):
+    with pytest.raises(UserError, match="choose 'digits', 'world' or 'video'"):
         data.open_source(cfg, "train")
 
 
