@@ -75,10 +75,20 @@ class MPWeight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(shape))
         self.fan_in = math.prod(shape[1:])
+        self.frozen = None, None                            # what `scaled` last returned for what, if not training
         self.normalize_weight()
 
     def scaled(self, dtype, gain=1.0):
-        return (self.weight * (gain / math.sqrt(self.fan_in))).to(dtype)
+        """The weight as it acts; when no gradient is wanted, computed once, until the weight is written to."""
+        key = dtype, gain, self.weight.device, self.weight._version
+        if self.frozen[0] == key:
+            return self.frozen[1]
+        scaled = self.laid_out((self.weight * (gain / math.sqrt(self.fan_in))).to(dtype))
+        self.frozen = (None, None) if self.weight.requires_grad else (key, scaled)
+        return scaled
+
+    def laid_out(self, weight):
+        return weight
 
     @torch.no_grad()
     def normalize_weight(self):
@@ -164,6 +174,13 @@ class Sequence:
         return self.unfold(x)[:, 1:].flatten(0, 2) if self.noised_only else x
 
 
+@functools.lru_cache(maxsize=16)                            # all layers of a pass, and all training passes, share it
+def past_gain(start, frames, kernel, device, dtype):
+    """g_t of the frames from position `start` on: t 1. A missing past must not shrink the first frames."""
+    taps = torch.arange(start + 1, start + frames + 1, device=device).clamp(max=kernel)
+    return (kernel / taps).sqrt().to(dtype)[:, None]
+
+
 class CausalConv(MPWeight):
     """Convolution over the present and the k - 1 clean frames before it; weight c_out k c_in 3 3.
 
@@ -181,17 +198,20 @@ class CausalConv(MPWeight):
     def forward(self, x, scale, seq, gain=1.0):
         """x: (b s t) c_in h w; scale: (b s t) c_out, multiplied into the output -> (b s t) c_out h w."""
         weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
-        y = F.conv2d(seq.wanted(x), weight[:, 0], padding=1)
+        y = F.conv2d(seq.wanted(x), weight[0], padding=1)
         if self.kernel == 1:
             return y * scale[:, :, None, None]
-        past = self.past(x, weight[:, 1:], seq)
+        past = self.past(x, weight[1:], seq)
         y, scale = (rearrange(z, "(b s t) ... -> b s t ...", b=len(past), t=seq.frames) for z in (y, scale))
-        scale = scale * self.gain(seq, scale)
+        scale = scale * past_gain(seq.start, seq.frames, self.kernel, scale.device, scale.dtype)
         return ((y + past[:, None]) * scale[..., None, None]).flatten(0, 2)
+
+    def laid_out(self, weight):
+        return weight.transpose(0, 1).contiguous()          # k c_out c_in 3 3: a whole weight per frame of the past
 
     def past(self, x, weight, seq):
         """What the clean frames before each frame add to it: b t c_out h w."""
-        carry_shape = (x.shape[0] // (seq.copies * seq.frames), self.kernel - 1, len(weight), *x.shape[2:])
+        carry_shape = (x.shape[0] // (seq.copies * seq.frames), *weight.shape[:2], *x.shape[2:])
         if seq.cache is None:
             clean = seq.unfold(x)[:, 0, :-1]                # the last clean frame has no later frame
             return self.spread(clean, weight)[:, :seq.frames]
@@ -206,14 +226,9 @@ class CausalConv(MPWeight):
     def spread(self, clean, weight):
         """Contributions of n clean frames to themselves (none) and the k - 1 frames after: b (n + k - 1) c h w."""
         b, n, k = *clean.shape[:2], self.kernel
-        parts = F.conv2d(clean.flatten(0, 1), rearrange(weight, "o j i y x -> (j o) i y x"), padding=1)
+        parts = F.conv2d(clean.flatten(0, 1), weight.flatten(0, 1), padding=1)           # (j o) i 3 3
         parts = rearrange(parts, "(b t) (j o) h w -> j b t o h w", b=b, t=n, j=k - 1)
         return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, k - 1 - j)) for j, part in enumerate(parts, start=1))
-
-    def gain(self, seq, like):
-        """g_t of the t frames of the pass: t 1. A missing past must not shrink the first frames."""
-        taps = torch.arange(seq.start + 1, seq.start + seq.frames + 1, device=like.device).clamp(max=self.kernel)
-        return (self.kernel / taps).sqrt().to(like.dtype)[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -234,26 +249,49 @@ def rotary_table(pairs, device):
     return torch.stack([angle.cos(), angle.sin()]).float().to(device)
 
 
+@functools.lru_cache(maxsize=16)                            # all layers of a pass, and all training passes, share it
+def rotation(start, frames, pairs, device, dtype):
+    """cos and sin of the frames from position `start` on: 2 t 1 1 pairs."""
+    positions = torch.arange(start, start + frames, device=device) % ROTARY_PERIOD
+    return rotary_table(pairs, device)[:, positions, None, None].to(dtype)
+
+
 def rotate(x, start):
-    """Rotary embedding over time: x: b s t m p d, its first frame at position `start`."""
-    positions = torch.arange(start, start + x.shape[2], device=x.device) % ROTARY_PERIOD
-    cos, sin = rotary_table(x.shape[-1] // 2, x.device)[:, positions, None, None].to(x.dtype)   # t 1 1 d/2
+    """Rotary embedding over time: x: .. t m p d, its first frame at position `start`."""
+    cos, sin = rotation(start, x.shape[-4], x.shape[-1] // 2, x.device, x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+FRAMES_AT_ONCE = 16
+
+
+def with_past(clean, own, past):
+    """The keys or values of n frames `own` b s n m p d, each behind those of the `past` clean frames before it, out of
+    `clean`, n + past - 1 times b m p d -> (b s n) m (past + 1) p d."""
+    if past == 0:
+        return own.flatten(0, 2)
+    s, n = own.shape[1:3]
+    seen = torch.stack([frame for i in range(n) for frame in clean[i:i + past]], dim=2)
+    seen = rearrange(seen, "b m (n t) p d -> b 1 n m (t p) d", n=n).expand(-1, s, -1, -1, -1, -1)
+    return torch.cat([seen, own], dim=-2).flatten(0, 2)
+
+
 @torch.compiler.disable                                     # a loop over frames: minutes to compile, nothing to gain
 def attend_frame_by_frame(q, k, v, window):
-    """The exact path: for each frame, exactly the keys that it sees. No masked pair is computed."""
+    """The exact path: for each frame, exactly the keys that it sees. No masked pair is computed. Frames with a full
+    window see equally many keys, so they go together."""
+    early = min(window - 1, q.shape[2])
+    sizes = [1] * early + [len(x) for x in torch.arange(early, q.shape[2]).split(FRAMES_AT_ONCE) if len(x)]
     clean_k, clean_v = k[:, 0].unbind(1), v[:, 0].unbind(1)                              # t times b m p d
-    frames = []
-    for t, (q_t, k_t, v_t) in enumerate(zip(q.unbind(2), k.unbind(2), v.unbind(2), strict=True)):
-        past = slice(max(0, t - window + 1), t)
-        keys, values = (torch.cat([x[:, None].expand_as(own) for x in clean[past]] + [own], dim=-2).flatten(0, 1)
-                        for clean, own in ((clean_k, k_t), (clean_v, v_t)))              # (b s) m (t' p) d
-        out = F.scaled_dot_product_attention(q_t.flatten(0, 1), keys, values)
-        frames.append(out.unflatten(0, q_t.shape[:2]))
-    return torch.stack(frames, dim=2)
+    t, out = 0, []
+    for q_t, k_t, v_t in zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
+        past, n = min(t, window - 1), q_t.shape[2]
+        seen = slice(t - past, t + n - 1)
+        keys, values = with_past(clean_k[seen], k_t, past), with_past(clean_v[seen], v_t, past)
+        out.append(F.scaled_dot_product_attention(q_t.flatten(0, 2), keys, values).unflatten(0, q_t.shape[:3]))
+        t += n
+    return torch.cat(out, dim=2)
 
 
 @functools.lru_cache(maxsize=64)
@@ -311,14 +349,14 @@ class Attention(nn.Module):
     def forward(self, x, seq):
         qkv = rearrange(self.qkv(x), "(b s t) (n m d) h w -> n b s t m (h w) d",
                         n=3, d=self.head_dim, s=seq.copies, t=seq.frames)
-        q, k, v = unit_rms(qkv, -1)
-        y = rearrange(self.attend(q, k, v, seq), "b s t m (h w) d -> (b s t) (m d) h w", h=x.shape[2])
+        y = rearrange(self.attend(unit_rms(qkv, -1), seq), "b s t m (h w) d -> (b s t) (m d) h w", h=x.shape[2])
         return torch.add(self.out(y, BRANCH), x, alpha=TRUNK)
 
-    def attend(self, q, k, v, seq):
+    def attend(self, qkv, seq):
         if self.window == 1:
-            return F.scaled_dot_product_attention(*(x.flatten(0, 2) for x in (q, k, v))).view_as(q)
-        q, k = rotate(q, seq.start), rotate(k, seq.start)
+            return F.scaled_dot_product_attention(*qkv.flatten(1, 3)).view_as(qkv[0])
+        q_and_k, (v,) = qkv.split([2, 1])
+        q, k = rotate(q_and_k, seq.start)
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
             ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)

@@ -313,9 +313,9 @@ def read_frames(model, n, device):
 
 def sample_table(cfg, device):
     torch.set_grad_enabled(False)
-    model, window = model_of(cfg).eval().to(device), cfg.window
+    model, window = model_of(cfg).eval().requires_grad_(False).to(device), cfg.window
     model.dtype = compute_dtype(device)
-    picture = image_model(cfg).eval().to(device)
+    picture = image_model(cfg).eval().requires_grad_(False).to(device)
     picture.dtype = model.dtype
     x, sigma = torch.randn(1, 1, *model.cfg.frame_shape, device=device), torch.ones(1, 1, device=device)
     positions = (1, window, 4 * window, 16 * window, cfg.far)

@@ -426,7 +426,7 @@ def test_cached_attention_is_the_dense_softmax_over_several_windows(chunks, wind
     q, k, v = (x.detach() for x in attention_inputs(1, sum(chunks), p=6))
     layer, cache, found = attention(window), Cache(), []
     for parts in zip(*(x.split(chunks, dim=2) for x in (q, k, v)), strict=True):
-        found.append(layer.attend(*parts, m.Sequence(1, parts[0].shape[2], cache, commit=True)))
+        found.append(layer.attend(torch.stack(parts), m.Sequence(1, parts[0].shape[2], cache, commit=True)))
         cache.position += parts[0].shape[2]
     assert farthest(torch.cat(found, dim=2), dense_attention(m.rotate(q, 0), m.rotate(k, 0), v, window)) < 1e-5
 
@@ -626,6 +626,18 @@ def test_every_weight_is_on_the_sphere_and_comes_back_to_it():
 
 def sphere(w):
     return w / w.flatten(1).norm(dim=1).view(-1, *[1] * (w.ndim - 1)) * math.sqrt(w[0].numel())
+
+
+def test_a_frozen_weight_is_scaled_once_and_anew_after_it_was_written_to():
+    layer = m.MPConv(4, 3, 3, 3).requires_grad_(False)
+    first = layer.scaled(torch.float32, 2.0)
+    assert layer.scaled(torch.float32, 2.0) is first
+    assert torch.equal(layer.scaled(torch.float32, 1.0) * 2, first)
+    assert layer.scaled(torch.float64, 2.0).dtype == torch.float64
+    layer.load_state_dict({"weight": -layer.weight})
+    assert torch.equal(layer.scaled(torch.float32, 2.0), -first)
+    layer.weight.mul_(3)
+    assert torch.allclose(layer.scaled(torch.float32, 2.0), -3 * first)
 
 
 def test_projected_gradients_are_those_through_explicit_normalisation():
