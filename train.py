@@ -287,11 +287,14 @@ class Writer:
     def wait(self, final=False):
         """Until what was given is on the disk. UserError for a second failure in a row, or for any at the end."""
         errors = [error for error in (write.exception() for write in self.ahead) if error]
-        self.failures, self.ahead = self.failures + 1 if errors else 0 if self.ahead else self.failures, []
+        if self.ahead:
+            self.failures = self.failures + 1 if errors else 0
+        self.ahead = []
         if errors and (final or self.failures > 1 or not isinstance(errors[0], UserError)):
             raise errors[0]
         if errors:
             print(f"\n{errors[0]}: the checkpoint before it is kept, and training goes on", flush=True)
+
 
 def differences(old, new):
     """Settings that a resumed run would change, in words."""

@@ -131,8 +131,8 @@ def test_training_leaves_a_checkpoint_a_log_a_picture_and_snapshots(workshop):
     assert done.code == 0, done.err
     assert "done at step 4: out/mnist/checkpoint.pt" in done.out
     assert "step 4: denoising error" in done.out
-    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "log.jsonl", "rollout-00000004.png",
-                                                    "ema-00000002.pt", "ema-00000004.pt"}
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "checkpoint-previous.pt", "log.jsonl",
+                                                    "rollout-00000004.png", "ema-00000002.pt", "ema-00000004.pt"}
     assert load(out)["step"] == 4
 
 
