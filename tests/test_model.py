@@ -397,7 +397,7 @@ SHAPES = [(2, 5, 6), (3, 4, 6), (4, 5, 3), (2, 8, 16)]                  # copies
 
 
 @pytest.mark.parametrize("window", [1, 3, "all"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 2 * m.FRAMES_AT_ONCE + 7, 2)], ids=str)
 def test_attention_frame_by_frame_is_the_dense_softmax_with_its_gradients(shape, window):
     window = shape[1] if window == "all" else window
     qkv = attention_inputs(*shape)
