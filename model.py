@@ -80,15 +80,15 @@ class MPWeight(nn.Module):
 
     def scaled(self, dtype, gain=1.0):
         """The weight as it acts; when no gradient is wanted, computed once, until the weight is written to."""
+        if self.weight.requires_grad:
+            return self.scale(dtype, gain)
         key = dtype, gain, self.weight.device, self.weight._version
-        if self.frozen[0] == key:
-            return self.frozen[1]
-        scaled = self.laid_out((self.weight * (gain / math.sqrt(self.fan_in))).to(dtype))
-        self.frozen = (None, None) if self.weight.requires_grad else (key, scaled)
-        return scaled
+        if self.frozen[0] != key:
+            self.frozen = key, self.scale(dtype, gain)
+        return self.frozen[1]
 
-    def laid_out(self, weight):
-        return weight
+    def scale(self, dtype, gain):
+        return (self.weight * (gain / math.sqrt(self.fan_in))).to(dtype)
 
     @torch.no_grad()
     def normalize_weight(self):
@@ -206,8 +206,8 @@ class CausalConv(MPWeight):
         scale = scale * past_gain(seq.start, seq.frames, self.kernel, scale.device, scale.dtype)
         return ((y + past[:, None]) * scale[..., None, None]).flatten(0, 2)
 
-    def laid_out(self, weight):
-        return weight.transpose(0, 1).contiguous()          # k c_out c_in 3 3: a whole weight per frame of the past
+    def scale(self, dtype, gain):
+        return super().scale(dtype, gain).transpose(0, 1).contiguous()                  # k c_out c_in 3 3
 
     def past(self, x, weight, seq):
         """What the clean frames before each frame add to it: b t c_out h w."""
