@@ -94,7 +94,7 @@ picture_steps = 4               # Euler steps per frame in the pictures
 # -- system
 seed = 0                        # of weights, data and noise
 device = "auto"                 # auto, cpu, cuda, ..
-compile = False                 # torch.compile the network: slow to start, faster steps
+compile = False                 # torch.compile the network: a minute or more to start, faster steps
 
 FREE_TO_CHANGE = {"init_from", "out_dir", "data_dir", "log_interval", "eval_interval", "checkpoint_interval",
                   "device", "compile", "accumulate", "max_skipped", "eval_clips", "eval_context", "picture_frames",
@@ -370,6 +370,12 @@ def build_model(cfg, source, device):
         raise UserError(str(error)) from None
 
 
+def compiled(model):
+    """torch.compile for the shapes of this run; blocks share their code, and each is one more compilation of it."""
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(model, dynamic=False)
+
+
 class Run:
     def __init__(self, cfg):
         check_settings(cfg)
@@ -386,7 +392,7 @@ class Run:
         self.writer = Writer()
         self.path = self.folder / "checkpoint.pt"
         self.resume(self.path)
-        self.network = torch.compile(self.model) if cfg.compile else self.model
+        self.network = compiled(self.model) if cfg.compile else self.model
         if self.world_size > 1:
             self.network = DistributedDataParallel(self.network)
         self.start_log()

@@ -138,7 +138,7 @@ class Step:
     def __init__(self, model, frames, loss, cfg, device):
         self.model, self.cfg = model.to(device), cfg
         self.model.dtype = compute_dtype(device)
-        self.network = torch.compile(self.model) if cfg.compile else self.model
+        self.network = train.compiled(self.model) if cfg.compile else self.model
         self.optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
         self.ema, self.frames, self.compute_loss = train.PowerEMA(model, cfg.ema_widths), frames.to(device), loss
 

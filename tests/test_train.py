@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from PIL import Image
 import train
 from config import UserError, read_settings
 from data import Batches, load_batch, measure, open_source, to_network
+from model import Denoiser, ModelConfig
 from sample import ema_exponent
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -787,6 +789,30 @@ def test_a_checkpoint_of_another_version_is_refused(half_done):
     folder, cfg = half_done
     torch.save({**load(folder), "version": 99}, folder / "checkpoint.pt")
     assert "version 99" in assert_refused(cfg, folder)
+
+
+def test_a_compiled_network_trains_alike_and_is_compiled_once(monkeypatch):
+    """Traced, with its operations left as they are: weights that change must not make it be traced again."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    graphs = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    cfg = SimpleNamespace(**TINY, lr=0.01, decay="linear", grad_clip=1.0, sigma_data=0.5, P_mean=0.0, P_std=1.0,
+                          seed=0, context_noise=0.1)
+    losses = {}
+    for name, prepare in (("eager", lambda model: model), ("compiled", train.compiled)):
+        torch.manual_seed(0)
+        model = Denoiser(ModelConfig(frame_shape=(1, 16, 16), patch_size=4, channels=16, channel_mults=(1,),
+                                     head_dim=16, video_attn_resolutions=(4,), window=3))
+        network, optimizer, counts = prepare(model), torch.optim.Adam(model.parameters()), []
+        for step in range(4):
+            clips = torch.randn(2, 5, 1, 16, 16, generator=torch.Generator().manual_seed(step))
+            loss = train.loss_of(network, clips, None, train.draw_noise([0, 1], 1, clips.shape[1:], cfg, CPU), cfg)
+            loss.backward()
+            train.optimizer_step(model, optimizer, step, cfg)
+            losses.setdefault(name, []).append(loss.item())
+            counts.append(graphs["unique_graphs"])
+    assert losses["compiled"] == pytest.approx(losses["eager"], abs=1e-4)
+    assert counts[0] > 0 and counts[1] == counts[3]
 
 
 # ------------------------------------------------------------------------------------------------
