@@ -304,6 +304,8 @@ def differences(old, new):
 
 def finite(value):
     """`value` with null for numbers that are not finite, at any depth: NaN is no JSON."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -329,7 +331,7 @@ class Log:
     def write(self, **entry):
         if self.path:
             with open(self.path, "a") as file:
-                file.write(json.dumps({key: finite(value) for key, value in entry.items()}) + "\n")
+                file.write(json.dumps(finite(entry)) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -888,6 +888,11 @@ def test_the_log_remains_json_after_a_loss_that_is_not_finite(tiny, tmp_path, mo
     assert [entry["step"] for entry in read_log(tmp_path / "run")] == [0, 1, 2, 3, 4]
 
 
+def test_the_log_is_json_with_a_setting_that_is_not_finite(tiny, tmp_path):
+    train.main(tiny(max_steps=1, grad_clip=math.inf))
+    assert read_log(tmp_path / "run")[0]["settings"]["grad_clip"] is None
+
+
 @pytest.mark.parametrize("key, value, named", [
     ("video_attn_resolutions", (3,), "attention resolution 3"),
     ("head_dim", 24, "head_dim 24"),
