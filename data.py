@@ -1,8 +1,11 @@
-"""Clips for training and evaluation: digits that move, made on the fly.
+"""Clips for training and evaluation: digits and worlds made on the fly, your own videos, recorded games.
+
+    python data.py --src=clips/ --out=data/video --size=64 --fps=10     # prepares a folder of videos for training
+    python data.py --env=LunarLander-v3 --out=data/lander               # records episodes under random actions
+    python data.py --data_dir=data/mnist                                # fetches MNIST ahead of time
 
 A source has `clip(index)`, `frames`, `shape`, `action_dim` and `origin`. Clip `index` is a pure function of
 (seed, split, index): it depends neither on what was drawn before nor on how many processes draw.
-`python data.py --data_dir=data/mnist` fetches MNIST ahead of time and says what is there.
 """
 import contextlib
 import functools
@@ -10,12 +13,17 @@ import gzip
 import hashlib
 import importlib.util
 import itertools
+import json
+import math
+import multiprocessing
 import os
+import re
+import signal
 import time
 import urllib.request
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from http.client import HTTPException
 from pathlib import Path
 
@@ -27,6 +35,20 @@ from tqdm import tqdm
 
 from config import UserError, run
 
+# -- preparing clips
+src = ""                    # folder of films, GIFs, arrays and folders of pictures
+env = ""                    # or a gymnasium environment to record
+out = "data/video"          # the prepared folder; what was prepared before stays, and is not done again
+size = 64                   # pixels, height and width
+channels = 3                # 3: RGB, 1: grey
+fps = 0.0                   # frames per second to convert to, by each film's clock; 0: every frame
+letterbox = False           # black bars instead of a crop of the centre
+val_share = 0.1             # of the sources, held out
+episodes = 100              # of the environment
+max_frames = 1000           # of an episode
+seed = 0                    # of the environment and its actions
+workers = 0                 # processes; 0: one per core
+# -- fetching MNIST
 data_dir = "data/mnist"     # folder of the two MNIST images files; missing ones are downloaded into it
 
 # ---------------------------------------------------------------------------------------------------
@@ -323,60 +345,394 @@ class CanvasWorld:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Videos from files.
+# Videos from files: frames with their times. Latents are arrays of floats, and stay as they are.
+
+PICTURES, ARRAYS, FILMS = (".png", ".jpg", ".jpeg"), (".npy", ".npz"), (".mp4", ".mov", ".avi", ".mkv", ".webm")
+
+
+class Unusable(UserError):
+    """What is wrong with one source of frames; the others may be fine."""
+
+
+def usable(condition, message):
+    if not condition:
+        raise Unusable(message)
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Each decoder has its own ways to fail on a damaged file: all become Unusable, and name it."""
+    try:
+        yield
+    except Unusable:
+        raise
+    except Exception as error:
+        raise Unusable(f"{path} cannot be read: {error}") from error
+
+
+def read_array(path):
+    """The frames of a .npy file, or of the one array in a .npz file: uint8 h w c, or float c h w."""
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    if isinstance(array, np.lib.npyio.NpzFile):
+        usable(len(array.files) == 1, f"{path} holds {len(array.files)} arrays, expected one")
+        array = array[array.files[0]]
+    video = array.dtype == np.uint8 and (array.ndim == 3 or array.ndim == 4 and array.shape[3] in (1, 3, 4))
+    usable(video or array.dtype.kind == "f" and array.ndim == 4,
+           f"{path} holds {array.dtype} {array.shape}: expected uint8 frames t h w [c], or latents, floats t c h w")
+    return array[..., None] if array.ndim == 3 else array
+
+
+def read_pictures(path):
+    """(seconds, frame) of a GIF, by its clock; a single picture has no time."""
+    with Image.open(path) as pictures:
+        milliseconds = 0
+        for picture in ImageSequence.Iterator(pictures):
+            yield milliseconds / 1000 if path.suffix.lower() == ".gif" else None, np.asarray(picture.convert("RGB"))
+            milliseconds += picture.info.get("duration", 100)
+
+
+def read_film(path):
+    usable(importlib.util.find_spec("av"),
+           f"{path}: films are read by PyAV, which is not installed: pip install av (or give .gif, .png or .npy)")
+    import av
+    with av.open(str(path)) as film:
+        usable(film.streams.video, f"{path} has no video")
+        for frame in film.decode(video=0):
+            yield frame.time, frame.to_ndarray(format="rgb24")
+
+
+def natural(path):
+    """Sorts 2.png before 10.png."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
 
 def decode(path):
-    """The frames of a film, GIF, picture or uint8 array (t h w [c]), one by one: uint8 h w c. UserError names the file
-    and what is wrong with it."""
-    path = Path(path)
-    require(path.is_file(), f"there is no file {path}")
-    is_film = path.suffix not in (".npy", ".gif", ".png", ".jpg", ".jpeg")
-    require(not is_film or importlib.util.find_spec("av"),
-            f"{path}: films are read by PyAV, which is not installed: pip install av (or give .gif, .png or .npy)")
-    try:
-        if path.suffix == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            require(array.dtype == np.uint8 and array.ndim in (3, 4) and array.size,
-                    f"{path} holds {array.dtype} {array.shape}: expected uint8 frames t h w or t h w c")
-            yield from array if array.ndim == 4 else array[..., None]
-        elif not is_film:
-            with Image.open(path) as pictures:
-                for picture in ImageSequence.Iterator(pictures):
-                    yield np.asarray(picture.convert("RGB"))
+    """(seconds or None, frame) of a film, GIF, picture, folder of pictures or array, one by one; a frame is uint8
+    h w c, a latent float c h w. Unusable names the file and what is wrong with it."""
+    path, kind = Path(path), Path(path).suffix.lower()
+    usable(path.exists(), f"there is no file {path}")
+    with reading(path):
+        if path.is_dir():
+            pictures = sorted((file for file in path.iterdir() if file.suffix.lower() in PICTURES), key=natural)
+            usable(pictures, f"{path} is a folder without pictures")
+            for file in pictures:
+                yield from read_pictures(file)
+        elif kind in ARRAYS:
+            yield from ((None, frame) for frame in read_array(path))
         else:
-            import av
-            with av.open(str(path)) as film:
-                for frame in film.decode(video=0):
-                    yield frame.to_ndarray(format="rgb24")
-    except UserError:
-        raise
-    except (OSError, ValueError, EOFError, IndexError) as error:            # av's errors are OSErrors or ValueErrors
-        raise UserError(f"{path} cannot be read as a video: {error}") from error
+            yield from (read_pictures if kind in (".gif", *PICTURES) else read_film)(path)
 
 
-def fit(frame, shape):
-    """A frame h w c, its centre cropped to the proportions of `shape` (c, h, w), resized to it: uint8 c h w."""
-    channels, height, width = shape
-    picture = Image.fromarray(frame if frame.shape[2] == 3 else frame[..., 0]).convert("L" if channels == 1 else "RGB")
-    picture = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+def fit(frame, shape, letterbox=False):
+    """A uint8 frame h w c in `shape` (c, h, w): its centre cropped to the proportions, or with black bars, then
+    resized. A latent c h w has the shape already, or is Unusable."""
+    if frame.dtype != np.uint8:
+        usable(frame.shape == tuple(shape), f"a latent of {frame.shape}, expected {tuple(shape)}")
+        return frame.astype(np.float16)
+    picture = Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame).convert("L" if shape[0] == 1 else "RGB")
+    picture = (ImageOps.pad if letterbox else ImageOps.fit)(picture, shape[:0:-1], Image.Resampling.BILINEAR)
     return rearrange(np.atleast_3d(np.asarray(picture)), "h w c -> c h w")
+
+
+def at_rate(timed, fps):
+    """Of (seconds, item) pairs, the item that is on at each tick of a clock of `fps` ticks a second that starts with
+    the first one; every item if fps is 0, or if they have no times."""
+    on, began, ticks = None, None, itertools.count()
+    tick = next(ticks)
+    for seconds, item in timed:
+        if not fps or seconds is None:
+            yield item
+            continue
+        began = seconds if began is None else began
+        while tick / fps < seconds - began - 1e-4:          # clocks are rounded
+            yield on
+            tick = next(ticks)
+        on, last = item, seconds
+    if began is not None and tick / fps <= last - began + 1e-4:
+        yield on
+
+
+def with_actions(timed, path):
+    """(seconds, (frame, action)) of (seconds, frame): the rows of clip.actions.npy beside clip.mp4, else None."""
+    beside, count = path.with_name(f"{path.stem}.actions.npy"), 0
+    if not beside.exists():
+        yield from ((seconds, (frame, None)) for seconds, frame in timed)
+        return
+    with reading(beside):
+        actions = np.load(beside, allow_pickle=False)
+    whole = actions.dtype.kind in "iu" and actions.ndim == 1 and actions.min(initial=0) >= 0
+    usable(whole or actions.dtype.kind == "f" and actions.ndim == 2, f"{beside} holds {actions.dtype} {actions.shape}: "
+           "expected a whole number from 0, or a vector of floats, for each frame")
+    for count, (seconds, frame) in enumerate(timed, start=1):
+        usable(count <= len(actions), f"{beside} has {len(actions)} actions, and {path.name} has more frames")
+        yield seconds, (frame, actions[count - 1])
+    usable(count == len(actions), f"{beside} has {len(actions)} actions for {count} frames")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Preparing clips: of each source NAME.raw, its frames one after another, perhaps NAME.actions.npy, and NAME.json, which
+# is written last: what has one is whole. meta.json, made of them at the end, is all that training looks up.
+
+MADE_WITH = ("env", "size", "channels", "fps", "letterbox", "max_frames", "seed")       # the same for a whole folder
+
+
+def find_sources(folder):
+    """Names of the videos and folders of pictures under `folder`; "." is itself a folder of pictures."""
+    found = set()
+    for where, folders, files in os.walk(folder, onerror=lambda error: print(f"left out: {error}", flush=True)):
+        where = Path(where).relative_to(folder)
+        for path in (where / name for name in (*folders, *files)):
+            if path.suffix.lower() in PICTURES:
+                found.add(where)
+            elif path.suffix.lower() in (".gif", *ARRAYS, *FILMS) and not path.name.endswith(".actions.npy"):
+                found.add(path)
+    return sorted(map(str, found))
+
+
+def play_episode(cfg, number):
+    """(frame h w c, action) of one episode of a gymnasium environment under random actions. Its first frame comes of no
+    action, and counts as one of zeros."""
+    import gymnasium
+    seed = int(np.random.SeedSequence((cfg.seed, number)).generate_state(1)[0])
+    try:
+        with contextlib.closing(gymnasium.make(cfg.env, render_mode="rgb_array")) as env:
+            env.reset(seed=seed)
+            env.action_space.seed(seed)
+            require(isinstance(env.action_space, gymnasium.spaces.Discrete) or len(env.action_space.shape or ()) == 1,
+                    f"--env={cfg.env}: actions {env.action_space}; only Discrete and flat Box ones can be recorded")
+            yield env.render(), np.zeros_like(env.action_space.sample())
+            for _ in range(cfg.max_frames - 1):
+                action = env.action_space.sample()
+                _, _, terminated, truncated, _ = env.step(action)
+                yield env.render(), action
+                if terminated or truncated:
+                    break
+    except gymnasium.error.Error as error:
+        raise UserError(f"--env={cfg.env}: {error}") from error
+
+
+def frames_of(cfg, name):
+    """(frame c h w, action or None) of a source, as they will be stored."""
+    path, shape = Path(cfg.src, name), (cfg.channels, cfg.size, cfg.size)
+    pairs = play_episode(cfg, int(name)) if cfg.env else at_rate(with_actions(decode(path), path), cfg.fps)
+    for frame, action in pairs:
+        yield fit(frame, shape if frame.dtype == np.uint8 else frame.shape, cfg.letterbox), action
+
+
+def write_frames(path, pairs):
+    """Writes frames one by one. Returns their actions, and a record of what they are."""
+    actions, shape, mean, square = [], None, 0, 0
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        for frame, action in pairs:
+            shape = shape or frame.shape
+            usable(frame.shape == shape and np.isfinite(frame).all(),
+                   f"{path.stem}: frame {len(actions) + 1} is {frame.shape} after {shape}, or not finite")
+            file.write(frame.tobytes())
+            actions.append(action)
+            values = frame.astype(np.float64) / 255
+            mean, square = mean + values.mean((1, 2)), square + (values ** 2).mean((1, 2))
+        count = len(actions)
+        usable(count > 1, f"{path.stem}: {count} frames, and a clip needs two or more")
+    return actions, dict(frames=count, shape=shape, dtype=frame.dtype.name,
+                         mean=(mean / count).tolist(), square=(square / count).tolist())
+
+
+def write_actions(path, actions):
+    """Discrete ones (t,) as whole numbers, continuous ones (t, a) as floats; nothing where there are none."""
+    if actions[0] is None:
+        return dict(action_dim=0, discrete=False)
+    actions = np.stack(actions)
+    discrete = actions.ndim == 1
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, actions.astype(np.int64 if discrete else np.float32))
+    return dict(action_dim=int(actions.max()) + 1 if discrete else actions.shape[1], discrete=discrete)
+
+
+def prepare_source(cfg, name):
+    """Stores the frames of one source, unless this was done. Returns why it is unusable, or None."""
+    target = Path(cfg.out, "clips", f"{name}.raw")
+    beside = {suffix: target.with_suffix(suffix) for suffix in (".json", ".actions.npy")}
+    sources = [Path(cfg.src, name), Path(cfg.src, name).with_suffix(".actions.npy")] if cfg.src else []
+    made_of = [[file.stat().st_size, file.stat().st_mtime_ns] for file in sources if file.exists()]
+    if beside[".json"].exists() and read_json(beside[".json"])["made_of"] == made_of and target.exists():
+        return None
+    try:
+        actions, record = write_frames(target, frames_of(cfg, name))
+    except Unusable as error:
+        return str(error)
+    record |= write_actions(beside[".actions.npy"], actions) | dict(name=name, made_of=made_of)
+    with replacing(beside[".json"]) as temporary:
+        temporary.write_text(json.dumps(record))
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete it, and prepare the clips again") from error
+
+
+def held_out(names, share):
+    """The names to validate on: those whose hash is in the lowest `share` of all, so that a set which grows keeps its
+    split, but at least one, and never all."""
+    draw = {name: int(hashlib.md5(name.encode(), usedforsecurity=False).hexdigest(), 16) / 2 ** 128 for name in names}
+    count = max(1, sum(drawn < share for drawn in draw.values()))
+    return sorted(names, key=draw.get)[:min(count, len(names) - 1)]
+
+
+def combine(records, share, left_out):
+    """What training looks up, out of the records of all clips that are like the first."""
+    kinds = {record["name"]: (record["dtype"], *record["shape"]) for record in records}
+    kind = kinds[records[0]["name"]]
+    for record in records:
+        if kinds[record["name"]] != kind:
+            left_out[record["name"]] = f"{kinds[record['name']]} unlike {kind} of {records[0]['name']}"
+    records = [record for record in records if record["name"] not in left_out]
+    acted = [record for record in records if record["action_dim"]]
+    require(len({record["discrete"] or record["action_dim"] for record in acted}) < 2,
+            "some clips have discrete actions and others vectors, or vectors of several lengths")
+    frames = np.array([record["frames"] for record in records])
+    mean, square = (frames @ np.array([record[key] for record in records]) / frames.sum() for key in ("mean", "square"))
+    variance = square - mean ** 2
+    val = set(held_out([record["name"] for record in records], share))
+    clips = [(record["name"], record["frames"], bool(record["action_dim"])) for record in records]
+    return dict(dtype=kind[0], shape=kind[1:], mean=mean.tolist(),
+                std=np.where(variance < 1e-9, 1, variance.clip(1e-9) ** 0.5).tolist(),
+                action_dim=max((record["action_dim"] for record in acted), default=0),
+                discrete=any(record["discrete"] for record in acted), left_out=left_out,
+                train=[clip for clip in clips if clip[0] not in val], val=[clip for clip in clips if clip[0] in val])
+
+
+def check_prepare(cfg):
+    """UserError for settings that cannot work, and for a folder prepared with others."""
+    require(not (cfg.src and cfg.env), "give --src (files) or --env (a gymnasium environment), not both")
+    for name, least in (("size", 1), ("fps", 0), ("episodes", 1), ("max_frames", 2), ("workers", 0), ("seed", 0)):
+        require(getattr(cfg, name) >= least, f"--{name}={getattr(cfg, name)}: set {least} or more")
+    require(cfg.channels in (1, 3), f"--channels={cfg.channels}: 1 (grey) or 3 (RGB)")
+    require(0 < cfg.val_share < 1, f"--val_share={cfg.val_share}: between 0 and 1")
+    require(not cfg.src or os.path.isdir(cfg.src), f"--src={cfg.src}: there is no such folder")
+    require(not cfg.env or importlib.util.find_spec("gymnasium"),
+            f"--env={cfg.env}: environments are recorded through gymnasium, which is not installed: "
+            "pip install gymnasium")
+    meta, made_with = Path(cfg.out, "meta.json"), {name: getattr(cfg, name) for name in MADE_WITH}
+    if not meta.exists():
+        with replacing(meta) as temporary:
+            temporary.write_text(json.dumps(dict(made_with=made_with, train=[], val=[])))
+    changed = [f"{name} was {old}, now {made_with[name]}" for name, old in read_json(meta)["made_with"].items()
+               if made_with[name] != old]
+    require(not changed, f"{cfg.out} was prepared with other settings ({'; '.join(changed)}): choose another --out")
+
+
+def in_processes(cfg, names):
+    """{name: why it is unusable}, out of several processes."""
+    left_out = {}
+    pool = ProcessPoolExecutor(cfg.workers or os.cpu_count(), multiprocessing.get_context("spawn"),
+                               signal.signal, (signal.SIGINT, signal.SIG_IGN))           # Ctrl-C is this process's
+    try:
+        jobs = {pool.submit(prepare_source, cfg, name): name for name in names}
+        for job in tqdm(as_completed(jobs), total=len(jobs), unit="clip", disable=None):
+            if reason := job.result():
+                left_out[jobs[job]] = reason
+                tqdm.write(f"left out: {reason}")
+    finally:
+        pool.shutdown(cancel_futures=True)                  # what has begun is finished, and kept
+    return left_out
+
+
+def prepare(cfg):
+    """Clips of all sources into cfg.out, beside those that are there; what was done before is not done again."""
+    check_prepare(cfg)
+    folder = Path(cfg.out)
+    names = [f"{number:06d}" for number in range(cfg.episodes)] if cfg.env else find_sources(cfg.src)
+    require(names, f"--src={cfg.src}: no film, GIF, array or picture is in there")
+    if cfg.fps and (timeless := [name for name in names if not name.lower().endswith((".gif", *FILMS))]):
+        print(f"{len(timeless)} sources have no clock: all their frames are kept, whatever fps", flush=True)
+    left_out = in_processes(cfg, names)
+    records = [read_json(path) for path in sorted(folder.glob("clips/**/*.json"))]
+    require(records, f"nothing in {cfg.src or cfg.env} was usable")
+    meta = read_json(folder / "meta.json") | combine(records, cfg.val_share, left_out)
+    with replacing(folder / "meta.json") as temporary:
+        temporary.write_text(json.dumps(meta, indent=1))
+    for split in ("train", "val"):
+        print(f"{folder}: {len(meta[split])} {split} clips, {sum(frames for _, frames, _ in meta[split])} frames of "
+              f"{meta['shape']}, {meta['action_dim']} actions", flush=True)
+    print(f"{len(meta['left_out'])} sources left out")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Prepared clips, mapped into memory: a batch reads the pages it needs.
+
+@functools.lru_cache(maxsize=256)                           # each holds a file open
+def mapped(path, dtype, shape):
+    return np.memmap(path, dtype, "r", shape=shape)
+
+
+class VideoClips:
+    """Random windows of prepared clips: cfg.frames frames, cfg.stride apart, with cfg.flip half of those for training
+    mirrored. Where a set has actions, a clip without them has unknown ones: -1, or NaN."""
+
+    def __init__(self, cfg, split):
+        folder = Path(cfg.data_dir)
+        require((folder / "meta.json").is_file(), f"data_dir={folder}: no prepared clips are there; prepare some with "
+                                                  f"`python data.py --src=FOLDER_OF_VIDEOS --out={folder}`")
+        self.meta, self.folder, self.cfg, self.frames = read_json(folder / "meta.json"), folder, cfg, cfg.frames
+        self.span, self.flip = (cfg.frames - 1) * cfg.stride + 1, cfg.flip and split == "train"
+        require(cfg.frames > 0 and cfg.stride > 0, f"frames={cfg.frames}, stride={cfg.stride}: set 1 or more")
+        self.clips = [clip for clip in self.meta[split] if clip[1] >= self.span]
+        require(self.clips, f"data_dir={folder}: none of its {len(self.meta[split])} {split} clips has the {self.span} "
+                            "frames that `frames` and `stride` ask for: set them lower, or prepare more videos")
+        self.shape, self.action_dim = tuple(self.meta["shape"]), self.meta["action_dim"]
+        require(cfg.frame_size == self.shape[1], f"frame_size={cfg.frame_size}: the clips in {folder} are "
+                                                 f"{self.shape[1]} high; set --frame_size={self.shape[1]}")
+        require(not (cfg.flip and self.action_dim), "flip=True would mirror frames, and not their actions: set False")
+        self.stats = {key: self.meta[key] for key in ("mean", "std")} | {"latent": self.meta["dtype"] != "uint8"}
+        for name, length, _ in self.clips:
+            self.check(folder / "clips" / f"{name}.raw", length)
+        self.ends = np.cumsum([length - self.span + 1 for _, length, _ in self.clips])   # of each clip's windows
+        self.stream = (cfg.seed, STREAMS[split])
+        self.origin = f"{len(self.clips)} {split} clips of {folder}"
+
+    def check(self, path, length):
+        expected = length * math.prod(self.shape) * np.dtype(self.meta["dtype"]).itemsize
+        found = path.stat().st_size if path.exists() else 0
+        require(found == expected, f"{path} has {found} bytes, and meta.json says {expected}: delete it, and prepare "
+                                   "the clips again")
+
+    def clip(self, index):
+        """Clip `index` as (uint8 or float16 (t, c, h, w), actions (t,) or (t, a) or None)."""
+        rng = np.random.default_rng((*self.stream, index))
+        window = rng.integers(self.ends[-1])
+        number = np.searchsorted(self.ends, window, side="right")
+        name, length, acted = self.clips[number]
+        path, start = self.folder / "clips" / f"{name}.raw", self.ends[number] - 1 - window
+        taken = slice(start, start + self.span, self.cfg.stride)
+        frames = np.array(mapped(path, self.meta["dtype"], (length, *self.shape))[taken])
+        if self.flip and rng.random() < 0.5:
+            frames = frames[..., ::-1].copy()
+        if not self.action_dim:
+            return frames, None
+        if acted:
+            return frames, np.load(path.with_suffix(".actions.npy"))[taken]
+        return frames, np.full(self.frames, -1) if self.meta["discrete"] else \
+            np.full((self.frames, self.action_dim), np.nan, np.float32)
 
 
 def open_source(cfg, split):
     """The source of 'train' or 'val' clips. One process should come first, alone: it may have to download them."""
-    sources = {"digits": MovingDigits, "world": CanvasWorld}
-    if cfg.dataset in sources:
-        return sources[cfg.dataset](cfg, split)
-    require(cfg.dataset != "video", f"data_dir={cfg.data_dir}: no prepared clips were found there")
-    raise UserError(f"dataset={cfg.dataset!r} is unknown; choose 'digits', 'world' or 'video'")
+    sources = {"digits": MovingDigits, "world": CanvasWorld, "video": VideoClips}
+    require(cfg.dataset in sources, f"dataset={cfg.dataset!r} is unknown; choose {', '.join(sources)}")
+    return sources[cfg.dataset](cfg, split)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Pixels to network values and back: zero mean, standard deviation sigma_data over the training set.
 
 def measure(source, clips=256):
-    """dict(mean, std), each a list of c floats: the pixels of the first clips on a scale from 0 to 1.
-    A channel that never changes gets std 1: the network sees zeros, and its pixels come back exactly."""
+    """dict(mean, std), each a list of c floats: the pixels of the first clips on a scale from 0 to 1; prepared clips
+    were measured already. A channel that never changes gets std 1: the network sees zeros, and its pixels come back
+    exactly."""
+    if hasattr(source, "stats"):
+        return source.stats
     counts = np.zeros((source.shape[0], 256), np.int64)
     for index in range(clips):
         for count, pixels in zip(counts, rearrange(source.clip(index)[0], "t c h w -> c (t h w)")):
@@ -393,15 +749,16 @@ def per_channel(stats, device):
 
 
 def to_network(frames, stats, sigma_data):
-    """uint8 (..., c, h, w) to float32 with zero mean and standard deviation sigma_data."""
+    """uint8 or float16 (..., c, h, w) to float32 with zero mean and standard deviation sigma_data."""
     mean, std = per_channel(stats, frames.device)
     return (frames.float() / 255 - mean) * (sigma_data / std)
 
 
 def to_pixels(x, stats, sigma_data):
-    """The inverse of `to_network`: float (..., c, h, w) to uint8, rounded and clamped."""
+    """The inverse of `to_network`: float (..., c, h, w) to uint8, rounded and clamped, or to float16 latents."""
     mean, std = per_channel(stats, x.device)
-    return ((x.float() * (std / sigma_data) + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    values = (x.float() * (std / sigma_data) + mean) * 255
+    return values.half() if stats.get("latent") else values.round().clamp(0, 255).to(torch.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -414,7 +771,7 @@ def load_batch(source, indices):
 
 
 class Batches(Iterator, contextlib.AbstractContextManager):
-    """An endless iterator over micro-batches (sample numbers, frames, actions), loaded ahead by a thread, whose
+    """An endless iterator over micro-batches (sample numbers, frames, actions), loaded ahead by threads, whose
     errors `next` raises. The numbers are b ints; frames (uint8 (b, t, c, h, w)) and actions are on `device`.
 
     Step k trains on samples k * batch_size to (k + 1) * batch_size - 1; sample number i is clip i. They go in
@@ -427,14 +784,13 @@ class Batches(Iterator, contextlib.AbstractContextManager):
                 f"processes; set a multiple of {parts}")
         self.source, self.device, self.size = source, torch.device(device), batch_size // parts
         self.firsts = itertools.count(start * batch_size + rank * self.size, batch_size // accumulate)
-        self.thread = ThreadPoolExecutor(1)
-        self.ahead = [self.thread.submit(self._load) for _ in range(prefetch)]
+        self.threads = ThreadPoolExecutor(prefetch)
+        self.ahead = [self.threads.submit(self._load, next(self.firsts)) for _ in range(prefetch)]
 
-    def _load(self):
-        """In the thread: the next micro-batch."""
+    def _load(self, first):
+        """In a thread: the micro-batch from sample number `first` on."""
         if self.device.index:
             torch.cuda.set_device(self.device)              # a new thread starts on GPU 0 and would take memory there
-        first = next(self.firsts)
         numbers = range(first, first + self.size)
         tensors = load_batch(self.source, numbers)
         if self.device.type == "cuda":                      # from pinned memory the copy overlaps with the GPU's work
@@ -443,23 +799,28 @@ class Batches(Iterator, contextlib.AbstractContextManager):
 
     def __next__(self):
         numbers, *tensors = self.ahead[0].result()          # an error stays there, for whoever asks again
-        self.ahead = [*self.ahead[1:], self.thread.submit(self._load)]
+        self.ahead = [*self.ahead[1:], self.threads.submit(self._load, next(self.firsts))]
         return numbers, *(None if tensor is None else tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
     def __exit__(self, *_):
-        self.thread.shutdown(cancel_futures=True)
+        self.threads.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------
-# The script: fetch MNIST ahead of time, and say what is there.
+# The script.
 
-def main(cfg):
+def fetch_mnist(cfg):
+    """Fetches MNIST ahead of time, and says what is there."""
     if reason := fetch(cfg.data_dir):
         print(f"not downloaded: {reason}", flush=True)
     for split in FILES:
         digits, origin = load_digits(cfg.data_dir, split, seed=0)
         numbers = f"{len(digits)} digits, mean {digits.mean() / 255:.4f}, std {digits.std() / 255:.4f}"
         print(f"{split}: {numbers} ({origin})", flush=True)
+
+
+def main(cfg):
+    (prepare if cfg.src or cfg.env else fetch_mnist)(cfg)
 
 
 if __name__ == "__main__":

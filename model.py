@@ -515,7 +515,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma, actions=None):
         """The training pass. x: b s t c h w, copy 0 clean; sigma: b s t, noise level of every frame (0 if clean);
-        actions: b t (discrete) or b t a (continuous), a_t led to frame t.
+        actions: b t (discrete) or b t a (continuous), a_t led to frame t; -1 or NaN: unknown.
         -> D: b r t c h w of the r = s - 1 noised copies; u: b r t, log of the expected squared error (EDM2 Eq. 21)."""
         self.check(x, sigma, actions, copies=2)
         seq = Sequence(copies=x.shape[1], frames=x.shape[2])
@@ -552,9 +552,11 @@ class Denoiser(nn.Module):
         """What every block is told about a frame, its noise level and its action: b s t e."""
         emb = self.noise_emb(self.noise_features(noise_label(sigma)[..., None]))
         if self.action_emb is not None:
+            known = actions.isfinite().all(-1) if actions.is_floating_point() else actions >= 0
             if not actions.is_floating_point():
-                actions = F.one_hot(actions, self.cfg.action_dim) * math.sqrt(self.cfg.action_dim)
-            emb = mp_sum(emb, self.action_emb(actions.float())[:, None].expand_as(emb), 0.5)
+                actions = F.one_hot(actions.clamp(min=0), self.cfg.action_dim) * math.sqrt(self.cfg.action_dim)
+            acted = self.action_emb(actions.float().nan_to_num())[:, None].expand_as(emb)
+            emb = torch.where(known[:, None, :, None], mp_sum(emb, acted, 0.5), emb)
         return mp_silu(emb)
 
     def log_variance(self, sigma):

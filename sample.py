@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import UserError, run
-from data import decode, fit, load_batch, open_source, replacing, to_network, to_pixels
+from data import decode, fit, load_batch, open_source, replacing, require, to_network, to_pixels
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make
@@ -258,8 +258,8 @@ def bordered(frames, given, scale):
     edge = max(1, scale // 2)
     for t, frame in enumerate(frames):
         n, channels, h, w = frame.shape
-        if channels not in (1, 3):
-            raise UserError(f"frames of {channels} channels are no pictures: use --out=NAME.npy")
+        if channels not in (1, 3) or frame.dtype != np.uint8:
+            raise UserError(f"{frame.dtype} frames of {channels} channels are no pictures: use --out=NAME.npy")
         pictures = np.empty((n, h * scale + 2 * edge, w * scale + 2 * edge, 3), np.uint8)
         pictures[:] = GIVEN_COLOUR if t < given else MADE_COLOUR
         pixels = rearrange(frame, "n c h w -> n h w c").repeat(scale, axis=1).repeat(scale, axis=2)
@@ -331,7 +331,7 @@ def roll_out(model, clips, given, frames, stats, settings, actions=None, progres
     Fewer, if something comes to be in the list `stop`."""
     clip = to_network(clips[:, :given], stats, model.cfg.sigma_data)
     black_and_white = torch.tensor([0, 255], dtype=torch.uint8, device=clips.device)[:, None, None, None]
-    limits = to_network(black_and_white, stats, model.cfg.sigma_data).unbind()
+    limits = None if stats.get("latent") else to_network(black_and_white, stats, model.cfg.sigma_data).unbind()
     rollout = Rollout(model, clip, actions=actions, limits=limits, **settings)
     yield from clips[:, :given].cpu().numpy().swapaxes(0, 1)
     for _ in tqdm(range(frames - given), unit="frame", disable=not progress):
@@ -351,7 +351,7 @@ def beside(clips, frames):
 
 def read_prompt(path, count, samples, shape):
     """The first `count` frames of a file, in the model's shape, for every sample: uint8 b t c h w."""
-    frames = list(itertools.islice(decode(path), count))
+    frames = [frame for _, frame in itertools.islice(decode(path), count)]
     if len(frames) < count:
         raise UserError(f"{path} has {len(frames)} frames: give --context={len(frames)} or less")
     _, height, width = shape
@@ -429,7 +429,10 @@ def main(cfg):
     if cfg.actions:
         actions = read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim)
     elif cfg.prompt and model.cfg.action_dim:
-        raise UserError(f"--prompt={cfg.prompt} has no actions, and this model needs them: give --actions")
+        require(settings.action_dropout, f"--prompt={cfg.prompt} has no actions, and this model needs them: give "
+                                         "--actions (with action_dropout in training it would do without)")
+        print("no --actions given: the model is told none")
+        actions = torch.full((cfg.samples, cfg.frames), -1)
     if cfg.context_noise < 0:
         cfg.context_noise = settings.context_noise / 2
         print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")

@@ -22,23 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+import sample
 from config import UserError
 from config import run as run_script
-from data import Batches, load_batch, measure, open_source, replacing, to_network
+from data import Batches, load_batch, measure, open_source, replacing, require, to_network
 from model import Denoiser, ModelConfig
-from sample import (
-    CHECKPOINT_KEYS,
-    VERSION,
-    beside,
-    compute_dtype,
-    ema_exponent,
-    load_file,
-    noise_levels,
-    pick_device,
-    roll_out,
-    seeded,
-    write,
-)
 
 # -- output
 out_dir = "out/mnist"           # checkpoints, log.jsonl and pictures go here
@@ -53,6 +41,9 @@ frames = 12                     # frames per clip; more than `window`, so that t
 frame_size = 32                 # pixels, height and width
 digits = 1                      # digits per clip, or strewn over the world's canvas
 digit_size = 20                 # pixels
+stride = 1                      # of video: every how many frames of a file make a clip
+flip = False                    # of video: mirror half of the training clips
+action_dropout = 0.0            # share of clips whose actions are hidden, so that the model also works without
 speed = (1.0, 3.0)              # slowest and fastest, pixels per frame; of a world: the first, pixels per move
 canvas_size = 64                # pixels of the world's canvas, height and width
 whole_pixels = True             # whole-pixel velocities: each frame is an exact shift of the last
@@ -107,10 +98,10 @@ FREE_TO_CHANGE = {"init_from", "out_dir", "data_dir", "log_interval", "eval_inte
 def start_processes(cfg):
     """(device, rank, world size); joins the process group if torchrun set one up."""
     if "RANK" not in os.environ:
-        return pick_device(cfg.device), 0, 1
+        return sample.pick_device(cfg.device), 0, 1
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
-    device = pick_device(f"cuda:{local_rank}" if on_gpu else "cpu")
+    device = sample.pick_device(f"cuda:{local_rank}" if on_gpu else "cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
@@ -131,7 +122,7 @@ def draw_noise(samples, copies, shape, cfg, device):
     log sigma's standard normal b r t, the noise b r t c h w, and context noise: its level b and itself b t c h w."""
     drawn = []
     for number in samples:
-        g = seeded(device, cfg.seed, number)
+        g = sample.seeded(device, cfg.seed, number)
         draw = [torch.randn(copies, shape[0], generator=g, device=device),
                 torch.randn(copies, *shape, generator=g, device=device)]
         if cfg.context_noise:
@@ -150,6 +141,14 @@ def clean_and_noised(clips, sigma, noise, context_sigma=None, context_noise=None
         clean_sigma = clean_sigma + context_sigma[:, None]
         clean = clips + clean_sigma[..., None, None, None] * context_noise
     return torch.cat([clean[:, None], noised], dim=1), torch.cat([clean_sigma[:, None], sigma], dim=1)
+
+
+def hide_actions(actions, samples, cfg):
+    """The actions of a share of the clips made unknown: a function of (seed, number)."""
+    hidden = [torch.rand([], generator=sample.seeded("cpu", cfg.seed, number, 2)) < cfg.action_dropout
+              for number in samples]
+    hidden = torch.stack(hidden).to(actions.device).view(-1, *[1] * (actions.ndim - 1))
+    return actions.masked_fill(hidden, math.nan if actions.is_floating_point() else -1)
 
 
 def loss_of(model, clips, actions, noise, cfg):
@@ -181,7 +180,7 @@ class PowerEMA:
 
     def __init__(self, model, widths):
         self.parameters = dict(model.named_parameters())
-        self.exponents = {width: ema_exponent(width) for width in widths}
+        self.exponents = {width: sample.ema_exponent(width) for width in widths}
         self.averages = {width: {name: p.detach().clone() for name, p in self.parameters.items()} for width in widths}
 
     @torch.no_grad()
@@ -227,8 +226,8 @@ def error_table(model, source, stats, cfg, device, rank=0, world_size=1):
         numbers = range(first, min(first + 8, cfg.eval_clips))
         clips, actions = load_batch(source, numbers)
         clips = to_network(clips.to(device), stats, cfg.sigma_data)
-        eps = torch.stack([torch.randn(len(sigmas), *clips.shape[1:], generator=seeded(device, cfg.seed, number, 1),
-                                       device=device) for number in numbers])
+        generators = [sample.seeded(device, cfg.seed, number, 1) for number in numbers]
+        eps = torch.stack([torch.randn(len(sigmas), *clips.shape[1:], generator=g, device=device) for g in generators])
         sigma = sigmas[None, :, None].expand(eps.shape[:3])
         denoised, _ = model(*clean_and_noised(clips, sigma, eps), None if actions is None else actions.to(device))
         total += (denoised - clips[:, None]).square().mean(dim=(-3, -2, -1)).sum(0)
@@ -239,54 +238,49 @@ def error_table(model, source, stats, cfg, device, rank=0, world_size=1):
 
 def format_table(step, errors, cfg):
     """The error table in words."""
-    lines = [f"step {step}: denoising error on held-out clips, as a fraction of the data variance",
-             "  sigma             " + "".join(f"{sigma:>8g}" for sigma in cfg.eval_sigmas),
-             "  first frame       " + "".join(f"{first:8.3f}" for first, _ in errors),
-             f"  {cfg.eval_context}+ given frames   " + "".join(f"{later:8.3f}" for _, later in errors)]
-    return "\n".join(lines)
+    return "\n".join([f"step {step}: denoising error on held-out clips, as a fraction of the data variance",
+                      "  sigma             " + "".join(f"{sigma:>8g}" for sigma in cfg.eval_sigmas),
+                      "  first frame       " + "".join(f"{first:8.3f}" for first, _ in errors),
+                      f"  {cfg.eval_context}+ given frames   " + "".join(f"{later:8.3f}" for _, later in errors)])
 
 
 def draw_picture(path, model, source, stats, cfg, device):
     """Held-out clips, each above a rollout from its first frames."""
     clips, actions = load_batch(source, range(4))
     length = min(cfg.picture_frames, source.frames)
-    settings = {"levels": noise_levels(cfg.picture_steps, 0.1, 40, 7), "seed": cfg.seed,
+    settings = {"levels": sample.noise_levels(cfg.picture_steps, 0.1, 40, 7), "seed": cfg.seed,
                 "context_noise": cfg.context_noise / 2}
-    made = roll_out(model, clips.to(device), cfg.eval_context, length, stats, settings,
-                    None if actions is None else actions.to(device))
-    write(path, beside(clips, made), cfg.eval_context, scale=2)
+    made = sample.roll_out(model, clips.to(device), cfg.eval_context, length, stats, settings,
+                           None if actions is None else actions.to(device))
+    sample.write(path, sample.beside(clips, made), cfg.eval_context, scale=2)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints and the log.
-
-def packed(state):
-    """`state` as torch.save writes it, in host memory: from here on, training may change the tensors."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getbuffer()
-
 
 def previous(path):
     return path.with_name(f"{path.stem}-previous{path.suffix}")
 
 
 class Writer:
-    """Writes files in a thread, so that training need not wait for a disk. A failure is told when next heard of, and
+    """Saves states in a thread, so that training need not wait for a disk. A failure is told when next heard of, and
     ends the run if the one before failed too; a file that cannot be replaced stays as it was."""
 
     def __init__(self):
         self.thread, self.ahead, self.failures = ThreadPoolExecutor(1), [], 0
 
-    def write(self, path, content, keep=None):
-        def work():
+    def save(self, state, path, keep=None):
+        buffer = io.BytesIO()
+        torch.save(state, buffer)                           # to host memory: from here on, training may change it
+
+        def write():
             with replacing(path, keep) as temporary:
-                temporary.write_bytes(content)
-        self.ahead.append(self.thread.submit(work))
+                temporary.write_bytes(buffer.getbuffer())
+        self.ahead.append(self.thread.submit(write))
 
     def wait(self, final=False):
         """Until what was given is on the disk. UserError for a second failure in a row, or for any at the end."""
-        errors = [error for error in (write.exception() for write in self.ahead) if error]
+        errors = [write.exception() for write in self.ahead if write.exception()]
         if self.ahead:
             self.failures = self.failures + 1 if errors else 0
         self.ahead = []
@@ -294,12 +288,6 @@ class Writer:
             raise errors[0]
         if errors:
             print(f"\n{errors[0]}: the checkpoint before it is kept, and training goes on", flush=True)
-
-
-def differences(old, new):
-    """Settings that a resumed run would change, in words."""
-    return [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
-            if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
 
 
 def finite(value):
@@ -312,26 +300,11 @@ def finite(value):
 
 
 def lines_until(path, step):
-    """The lines of a log up to `step`, without one that was cut off."""
-    for line in path.read_text().splitlines():
+    """The lines of a log up to `step`, if it is above 0, without one that was cut off."""
+    for line in path.read_text().splitlines() if step and path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
                 yield line + "\n"
-
-
-class Log:
-    """log.jsonl, a JSON object a line; only rank 0 writes. A resumed run first drops what came after its step."""
-
-    def __init__(self, path, step, rank):
-        self.path = path if rank == 0 else None
-        if self.path:
-            with replacing(path) as temporary:
-                temporary.write_text("".join(lines_until(path, step) if step and path.exists() else ()))
-
-    def write(self, **entry):
-        if self.path:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(finite(entry)) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -340,34 +313,29 @@ class Log:
 def check_settings(cfg):
     """UserError for what would otherwise fail late, or silently do nothing."""
     for name in ("max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"{name}={getattr(cfg, name)}: must be at least 1")
+        require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)}: must be at least 1")
     for name, choices in (("init_from", ("auto", "scratch")), ("decay", ("linear", "sqrt"))):
-        if getattr(cfg, name) not in choices:
-            raise UserError(f"{name}={getattr(cfg, name)!r}: choose {' or '.join(choices)}")
+        require(getattr(cfg, name) in choices, f"{name}={getattr(cfg, name)!r}: choose {' or '.join(choices)}")
     for name in ("frames", "picture_frames"):
-        if getattr(cfg, name) <= cfg.eval_context:
-            raise UserError(f"{name}={getattr(cfg, name)}: must be more than eval_context={cfg.eval_context}")
-    if not cfg.ema_widths:
-        raise UserError("ema_widths is empty: give at least one width, for example --ema_widths=0.05")
+        require(getattr(cfg, name) > cfg.eval_context,
+                f"{name}={getattr(cfg, name)}: must be more than eval_context={cfg.eval_context}")
+    require(cfg.ema_widths, "ema_widths is empty: give at least one width, for example --ema_widths=0.05")
 
 
 def open_sources(cfg, rank):
     """(training source, held-out source); rank 0 comes first, alone, as it may download."""
-    sources = None
-    for turn in range(2):
-        if (rank == 0) == (turn == 0):
-            sources = open_source(cfg, "train"), open_source(cfg, "val")
-        if dist.is_initialized():
-            dist.barrier()
+    if rank > 0:
+        dist.barrier()
+    sources = open_source(cfg, "train"), open_source(cfg, "val")
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
     return sources
 
 
 def build_model(cfg, source, device):
-    names = set(ModelConfig.__dataclass_fields__) & set(vars(cfg))
+    fields = {name: getattr(cfg, name) for name in ModelConfig.__dataclass_fields__ if hasattr(cfg, name)}
     try:
-        return Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim,
-                                    **{name: getattr(cfg, name) for name in names})).to(device)
+        return Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim, **fields)).to(device)
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -381,18 +349,17 @@ def compiled(model):
 class Run:
     def __init__(self, cfg):
         check_settings(cfg)
-        self.cfg, self.folder = cfg, Path(cfg.out_dir)
+        self.cfg, self.folder, self.path = cfg, Path(cfg.out_dir), Path(cfg.out_dir, "checkpoint.pt")
         self.device, self.rank, self.world_size = start_processes(cfg)
         self.source, self.held_out = open_sources(cfg, self.rank)
         self.stats = measure(self.source)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg, self.source, self.device)
-        self.model.dtype = compute_dtype(self.device)
+        self.model.dtype = sample.compute_dtype(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), betas=(0.9, 0.99), fused=True)
         self.ema = PowerEMA(self.model, cfg.ema_widths)
         self.step, self.recent = 0, []                      # steps done; losses since the last line of the log
         self.writer = Writer()
-        self.path = self.folder / "checkpoint.pt"
         self.resume(self.path)
         self.network = compiled(self.model) if cfg.compile else self.model
         if self.world_size > 1:
@@ -403,21 +370,22 @@ class Run:
         """Goes on from the checkpoint at `path`, if there is one, or from the one before if that cannot be read."""
         if not path.exists() and not previous(path).exists():
             return
-        if self.cfg.init_from == "scratch":
-            raise UserError(f"{path} holds a run already, which init_from=scratch would overwrite: "
-                            "choose another out_dir, or move it away")
+        require(self.cfg.init_from != "scratch", f"{path} holds a run already, which init_from=scratch would "
+                                                 "overwrite: choose another out_dir, or move it away")
         try:
-            state = load_file(path, CHECKPOINT_KEYS)
+            state = sample.load_file(path, sample.CHECKPOINT_KEYS)
         except UserError as error:
-            if not previous(path).exists():
+            path = previous(path)
+            if not path.exists():
                 raise
-            state, path = load_file(previous(path), CHECKPOINT_KEYS), previous(path)
+            state = sample.load_file(path, sample.CHECKPOINT_KEYS)
             if self.rank == 0:
                 print(f"{error}; taking the one before it")
-        changed = differences(state["settings"], vars(self.cfg))
-        if changed:
-            raise UserError(f"{path} is of a run with other settings: {'; '.join(changed)}. "
-                            "Choose another out_dir, or repeat the run's settings to go on with it")
+        old, new = state["settings"], vars(self.cfg)
+        changed = [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
+                   if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
+        require(not changed, f"{path} is of a run with other settings: {'; '.join(changed)}. "
+                             "Choose another out_dir, or repeat the run's settings to go on with it")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load(state["ema"])
@@ -426,13 +394,22 @@ class Run:
             print(f"resuming {path} at step {self.step} of {self.cfg.max_steps}", flush=True)
 
     def start_log(self):
-        self.log = Log(self.folder / "log.jsonl", self.step, self.rank)
+        """Rank 0 drops what the log says of later steps, and says what is trained."""
+        if self.rank > 0:
+            return
+        path, origin = self.folder / "log.jsonl", self.source.origin
+        with replacing(path) as temporary:
+            temporary.write_text("".join(lines_until(path, self.step)))
+        count = sum(p.numel() for p in self.model.parameters())
+        print(f"{count / 1e6:.2f} million parameters on {self.world_size} x {self.device}; {origin}", flush=True)
+        if self.step == 0:
+            self.log(step=0, parameters=count, origin=origin, settings=vars(self.cfg))
+
+    def log(self, **entry):
+        """Adds a line to log.jsonl, a JSON object; only rank 0 writes."""
         if self.rank == 0:
-            count = sum(p.numel() for p in self.model.parameters())
-            print(f"{count / 1e6:.2f} million parameters on {self.world_size} x {self.device}; {self.source.origin}",
-                  flush=True)
-            if self.step == 0:
-                self.log.write(step=0, parameters=count, origin=self.source.origin, settings=vars(self.cfg))
+            with open(self.folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(finite(entry)) + "\n")
 
     def save(self):
         """Everything that resuming and sampling need, in checkpoint.pt; every `checkpoint_interval` steps the
@@ -440,16 +417,15 @@ class Run:
         if self.rank > 0:
             return
         self.writer.wait()
-        if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise UserError(f"step {self.step}: weights are not finite; the last checkpoint is kept. Lower lr")
-        state = {"version": VERSION, "step": self.step, "settings": vars(self.cfg),
+        require(all(p.isfinite().all() for p in self.model.parameters()),
+                f"step {self.step}: weights are not finite; the last checkpoint is kept. Lower lr")
+        state = {"version": sample.VERSION, "step": self.step, "settings": vars(self.cfg),
                  "model_config": asdict(self.model.cfg), "stats": self.stats,
                  "origin": self.source.origin, "model": self.model.state_dict(), "recent": self.recent,
                  "optimizer": self.optimizer.state_dict(), "ema": self.ema.averages}
-        self.writer.write(self.path, packed(state), keep=previous(self.path))
+        self.writer.save(state, self.path, keep=previous(self.path))
         if self.due(self.cfg.checkpoint_interval):
-            snapshot = {"step": self.step, "ema": self.ema.halved()}
-            self.writer.write(self.folder / f"ema-{self.step:08d}.pt", packed(snapshot))
+            self.writer.save({"step": self.step, "ema": self.ema.halved()}, self.folder / f"ema-{self.step:08d}.pt")
 
     def due(self, interval):
         """Whether something that happens every `interval` steps, and at the end, happens now."""
@@ -462,8 +438,8 @@ class Run:
             errors = error_table(self.model, self.held_out, self.stats, cfg, self.device, self.rank, self.world_size)
             if self.rank == 0:
                 tqdm.write(format_table(self.step, errors, cfg))
-                self.log.write(step=self.step, sigmas=list(cfg.eval_sigmas), first_and_later_error=errors)
-                path = self.folder / f"rollout-{self.step:08d}.png"
+                self.log(step=self.step, sigmas=list(cfg.eval_sigmas), first_and_later_error=errors)
+                path = self.folder / f"rollout-{self.step:08d}.{'npy' if self.stats.get('latent') else 'png'}"
                 draw_picture(path, self.model, self.held_out, self.stats, cfg, self.device)
 
 
@@ -487,6 +463,7 @@ def gradients(network, batches, cfg, stats, device):
     for micro in range(cfg.accumulate):
         samples, clips, actions = next(batches)
         clips = to_network(clips, stats, cfg.sigma_data)
+        actions = hide_actions(actions, samples, cfg) if cfg.action_dropout and actions is not None else actions
         noise = draw_noise(samples, cfg.noised_copies, clips.shape[1:], cfg, device)
         last = micro == cfg.accumulate - 1                  # gradients are exchanged once per optimizer step
         with contextlib.nullcontext() if last or not dist.is_initialized() else network.no_sync():
@@ -522,9 +499,8 @@ def train(run, batches, bar, stop):
         loss = gradients(run.network, batches, cfg, run.stats, run.device)
         norm = optimizer_step(run.model, run.optimizer, run.step, cfg)
         skipped = 0 if math.isfinite(norm) else skipped + 1
-        if skipped == cfg.max_skipped:
-            raise UserError(f"step {run.step}: {skipped} gradients in a row were not finite; {run.path} is of before. "
-                            "Lower lr, or look at the clips named above")
+        require(skipped != cfg.max_skipped, f"step {run.step}: {skipped} gradients in a row were not finite; "
+                                            f"{run.path} is of before. Lower lr, or look at the clips named above")
         run.step += 1
         run.ema.update(run.step)
         run.recent.append((sum_over_ranks(loss) / run.world_size).item())
@@ -532,8 +508,8 @@ def train(run, batches, bar, stop):
         if run.step % cfg.log_interval == 0:
             mean, seconds = sum(run.recent) / len(run.recent), time.perf_counter() - began
             bar.set_postfix(loss=f"{mean:.3f}")
-            run.log.write(step=run.step, loss=mean, grad_norm=norm, lr=learning_rate(run.step - 1, cfg),
-                          frames_per_second=round(frames / seconds, 1))
+            run.log(step=run.step, loss=mean, grad_norm=norm, lr=learning_rate(run.step - 1, cfg),
+                    frames_per_second=round(frames / seconds, 1))
             run.recent, began = [], time.perf_counter()
         if run.due(cfg.eval_interval):
             run.evaluate()

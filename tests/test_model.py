@@ -780,6 +780,26 @@ def test_an_untrained_network_returns_the_frame_shrunk_by_c_skip():
     assert farthest(denoiser(x, sigma)[0], edm(sigma[:, 1:], 0.5)[0] * x[:, 1:]) < 1e-6
 
 
+@pytest.mark.parametrize("unknown", [-1, math.nan])
+def test_of_an_unknown_action_a_frame_is_told_nothing(unknown):
+    """Whatever the weights of the actions are, and it is not the same as any known action, nor as zeros."""
+    denoiser = network(action_dim=3)
+    x, sigma, actions = training_inputs(denoiser)
+    hidden = torch.full((*actions.shape, 3), unknown) if math.isnan(unknown) else torch.full_like(actions, unknown)
+    before = denoiser(x, sigma, hidden)[0]
+    zeros = denoiser(x, sigma, torch.zeros(*actions.shape, 3))[0]
+    assert before.isfinite().all() and farthest(before, zeros) > 1e-3
+    assert all(farthest(before, denoiser(x, sigma, torch.full_like(actions, a))[0]) > 1e-3 for a in range(3))
+    with torch.no_grad():
+        denoiser.action_emb.weight.neg_()
+    assert torch.equal(before, denoiser(x, sigma, hidden)[0])
+    one = actions.clone()
+    one[:, 2] = -1                                          # an unknown one among known ones
+    known = denoiser(x, sigma, actions)[0]
+    some = denoiser(x, sigma, one)[0]
+    assert torch.equal(some[:, :, :2], known[:, :, :2]) and not torch.equal(some[:, :, 2], known[:, :, 2])
+
+
 def test_a_discrete_action_is_a_one_hot_vector_of_unit_variance():
     denoiser = network(action_dim=5)
     x, sigma, actions = training_inputs(denoiser)

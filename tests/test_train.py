@@ -326,6 +326,20 @@ def test_noise_is_standard_normal_and_its_level_uniform():
 # Learning rate and averaged weights
 
 
+@pytest.mark.parametrize("actions", [torch.arange(1, 4).repeat(400, 1), torch.ones(400, 3, 2)])
+def test_a_share_of_the_clips_has_its_actions_hidden_by_seed_and_number(actions):
+    def hide(numbers, seed=0):
+        cfg = SimpleNamespace(seed=seed, action_dropout=0.25)
+        return train.hide_actions(actions[:len(numbers)], numbers, cfg)
+    found = hide(range(400))
+    unknown = found.isnan() if actions.is_floating_point() else found == -1
+    hidden = unknown.flatten(1).all(1)
+    assert torch.equal(hidden, unknown.flatten(1).any(1)) and 60 < hidden.sum() < 140
+    assert torch.equal(found[~hidden], actions[~hidden])
+    assert torch.equal(hide(range(100, 104)).nan_to_num(-7), found[100:104].nan_to_num(-7))
+    assert not torch.equal(hide(range(400), seed=1).nan_to_num(-7), found.nan_to_num(-7))
+
+
 def test_the_learning_rate_warms_up_linearly_then_falls_linearly_to_zero():
     cfg = SimpleNamespace(lr=0.5, warmup_steps=10, decay="linear", max_steps=1000, ref_steps=100)
     for step in range(10):

@@ -1,0 +1,511 @@
+"""From a folder of anything to clips: what is stored, what is left out and why; nothing half-written counts."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from config import UserError, plain_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def settings(**changes):
+    return SimpleNamespace(**plain_settings(vars(data)) | {"size": 8, "workers": 1} | changes)
+
+
+def numbered(n, h=8, w=8, channels=3, start=0):
+    """uint8 t h w c whose frame t is all `start` + t."""
+    return np.broadcast_to(np.arange(start, start + n, dtype=np.uint8)[:, None, None, None], (n, h, w, channels)).copy()
+
+
+def write_film(path, times, base=0.001, size=16):
+    """An mp4 (or by its name another kind) whose frame i is of brightness 20 i and is shown at times[i] seconds."""
+    import fractions
+
+    import av
+    with av.open(str(path), "w") as film:
+        stream = film.add_stream("libvpx-vp9" if path.suffix == ".webm" else "libx264", rate=1000)
+        stream.width, stream.height, stream.pix_fmt = size, size, "yuv420p"
+        stream.codec_context.time_base = fractions.Fraction(1, 1000)
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((size, size, 3), 20 * i, np.uint8))
+            frame.pts, frame.time_base = round(time / base), fractions.Fraction(1, 1000)
+            film.mux(stream.encode(frame))
+        film.mux(stream.encode())
+
+
+def source(folder, split="train", **changes):
+    cfg = dict(data_dir=str(folder), frames=4, frame_size=8, stride=1, flip=False, seed=0, dataset="video")
+    return data.open_source(SimpleNamespace(**cfg | changes), split)
+
+
+def stored(folder, name):
+    """The frames of one prepared clip, t c h w."""
+    record = json.loads((folder / "clips" / f"{name}.json").read_text())
+    return np.fromfile(folder / "clips" / f"{name}.raw", record["dtype"]).reshape(record["frames"], *record["shape"])
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """Preparation in this process: a new one takes seconds to start."""
+    def in_this_process(cfg, names):
+        return {name: reason for name in names if (reason := data.prepare_source(cfg, name))}
+    monkeypatch.setattr(data, "in_processes", in_this_process)
+    (tmp_path / "src").mkdir()
+    return tmp_path
+
+
+def prepare(folder, **changes):
+    data.prepare(settings(src=str(folder / "src"), out=str(folder / "out"), **changes))
+    return json.loads((folder / "out" / "meta.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------
+# What is stored.
+
+
+def test_arrays_are_stored_exactly_and_measured(here, capsys):
+    for i in range(4):
+        np.save(here / "src" / f"{i}.npy", numbered(5 + i, start=10 * i))
+    meta = prepare(here)
+    frames = [numbered(5 + i, start=10 * i).transpose(0, 3, 1, 2) for i in range(4)]
+    for i in range(4):
+        assert np.array_equal(stored(here / "out", f"{i}.npy"), frames[i])
+    values = np.concatenate(frames)[:, 0] / 255
+    assert meta["shape"] == [3, 8, 8] and meta["left_out"] == {}
+    assert np.allclose(meta["mean"], values.mean()) and np.allclose(meta["std"], values.std())
+    assert len(meta["train"]) == 3 and len(meta["val"]) == 1
+    assert "3 train clips" in capsys.readouterr().out
+
+
+def test_every_kind_of_source_is_found(here):
+    pytest.importorskip("av")
+    src = here / "src"
+    np.savez(src / "a.npz", numbered(3))
+    write_film(src / "b.mp4", [0, 0.1, 0.2])
+    write_film(src / "c.webm", [0, 0.1, 0.2])
+    pictures = [Image.fromarray(frame) for frame in numbered(12)]
+    pictures[0].save(src / "d.gif", save_all=True, append_images=pictures[1:], duration=100)
+    (src / "deep" / "walk.mp4").mkdir(parents=True)                     # a folder named like a film
+    for i, picture in enumerate(pictures):
+        picture.save(src / "deep" / "walk.mp4" / f"{i}.png")
+    (src / "notes.txt").write_text("no video")
+    meta = prepare(here)
+    lengths = {name: frames for name, frames, _ in meta["train"] + meta["val"]}
+    assert lengths == {"a.npz": 3, "b.mp4": 3, "c.webm": 3, "d.gif": 12, "deep/walk.mp4": 12}
+    assert np.array_equal(stored(here / "out", "deep/walk.mp4")[:, 0, 0, 0], np.arange(12))       # 2.png before 10.png
+
+
+@pytest.mark.parametrize("fps, expected", [
+    (0, [0, 1, 2, 3, 4]),
+    (10, [0, 1, 1, 2, 3, 3, 3, 4]),        # shown at 0, .1, .3, .4, .7
+    (5, [0, 1, 3, 3]),
+    (2.5, [0, 3]),
+])
+def test_frame_rates_are_converted_by_the_clock(fps, expected):
+    times = (0, 0.1, 0.3, 0.4, 0.7)
+    assert list(data.at_rate(zip(times, range(5)), fps)) == expected
+    later = [time + 7.25 for time in times]
+    assert list(data.at_rate(zip(later, range(5)), fps)) == expected
+
+
+def test_frames_without_a_clock_are_all_kept(here, capsys):
+    assert list(data.at_rate([(None, 1), (None, 2)], 10)) == [1, 2]
+    np.save(here / "src" / "a.npy", numbered(7))
+    np.save(here / "src" / "b.npy", numbered(7))
+    meta = prepare(here, fps=2.0)
+    assert [clip[1] for clip in meta["train"]] == [7]
+    assert "2 sources have no clock" in capsys.readouterr().out
+
+
+def test_a_film_of_variable_frame_rate_is_converted_with_its_actions(here):
+    pytest.importorskip("av")
+    write_film(here / "src" / "a.mp4", [0, 0.1, 0.3, 0.4, 0.7])
+    np.save(here / "src" / "a.actions.npy", np.array([0, 1, 2, 3, 4]))
+    meta = prepare(here, fps=5.0)
+    brightness = stored(here / "out", "a.mp4").mean((1, 2, 3)) / 20
+    assert np.abs(brightness - [0, 1, 3, 3]).max() < 0.3
+    assert np.load(here / "out" / "clips" / "a.mp4.actions.npy").tolist() == [0, 1, 3, 3]
+    assert meta["action_dim"] == 4 and meta["discrete"]
+
+
+@pytest.mark.parametrize("letterbox, expected", [(False, [255, 255]), (True, [0, 255])])
+def test_odd_sizes_are_cropped_or_put_between_bars(here, letterbox, expected):
+    np.save(here / "src" / "wide.npy", np.full((3, 9, 27, 1), 255, np.uint8))
+    prepare(here, letterbox=letterbox, channels=1)
+    frame = stored(here / "out", "wide.npy")[0]
+    assert frame.shape == (1, 8, 8) and [frame[0, 0, 4], frame[0, 4, 4]] == expected
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("wanted", [1, 3])
+def test_grey_colour_and_transparent_frames_become_what_is_wanted(here, channels, wanted):
+    np.save(here / "src" / "a.npy", np.concatenate([numbered(3, channels=channels, start=100)], axis=3))
+    prepare(here, channels=wanted)
+    assert np.array_equal(stored(here / "out", "a.npy"), numbered(3, channels=wanted, start=100).transpose(0, 3, 1, 2))
+
+
+def test_latents_stay_as_they_are(here):
+    latents = np.random.default_rng(0).normal(3, 2, (2, 9, 4, 8, 8))
+    for i in range(2):
+        np.save(here / "src" / f"{i}.npy", latents[i].astype(np.float32))
+    meta = prepare(here)
+    assert meta["dtype"] == "float16" and meta["shape"] == [4, 8, 8]
+    frames, actions = source(here / "out").clip(0)
+    assert frames.dtype == np.float16 and frames.shape == (4, 4, 8, 8) and actions is None
+    stats = data.measure(source(here / "out"))
+    x = data.to_network(torch.from_numpy(latents.astype(np.float16)), stats, 0.5)
+    assert np.allclose(x.mean((0, 1, 3, 4)), 0, atol=1e-2) and np.allclose(x.std((0, 1, 3, 4)), 0.5, atol=1e-2)
+    again = data.to_pixels(x, stats, 0.5)
+    assert again.dtype == torch.float16 and np.abs(again.numpy() - latents).max() < 0.02
+
+
+# ------------------------------------------------------------------------------------------------
+# The split.
+
+
+def test_no_file_is_in_both_splits_and_a_set_that_grows_keeps_its_split(here):
+    for i in range(30):
+        np.save(here / "src" / f"{i}.npy", numbered(3))
+    before = prepare(here, val_share=0.2)
+    for i in range(30, 60):
+        np.save(here / "src" / f"{i}.npy", numbered(3))
+    after = prepare(here, val_share=0.2)
+    for meta, count in ((before, 30), (after, 60)):
+        names = {split: {clip[0] for clip in meta[split]} for split in ("train", "val")}
+        assert not names["train"] & names["val"] and len(names["train"] | names["val"]) == count
+        assert 0.05 * count < len(names["val"]) < 0.4 * count
+    assert {clip[0] for clip in before["val"]} <= {clip[0] for clip in after["val"]}
+
+
+@pytest.mark.parametrize("names, share", [(["a", "b"], 1e-9), (["a", "b"], 0.999999), ("abcdefgh", 1e-9)])
+def test_some_are_held_out_and_some_are_not(names, share):
+    assert 0 < len(data.held_out(names, share)) < len(names)
+
+
+def test_a_single_source_leaves_nothing_to_hold_out(here):
+    np.save(here / "src" / "a.npy", numbered(9))
+    prepare(here)
+    assert len(source(here / "out").clips) == 1
+    with pytest.raises(UserError, match="none of its 0 val clips"):
+        source(here / "out", "val")
+
+
+# ------------------------------------------------------------------------------------------------
+# Training on them.
+
+
+@pytest.fixture
+def prepared(here):
+    for i in range(6):
+        np.save(here / "src" / f"{i}.npy", numbered(20 + i, start=40 * i))
+        np.save(here / "src" / f"{i}.actions.npy", np.arange(20 + i) % 3)
+    prepare(here)
+    return here / "out"
+
+
+def test_a_clip_is_a_window_of_one_source_with_its_actions(prepared):
+    clips = source(prepared, stride=2)
+    seen = set()
+    for index in range(200):
+        frames, actions = clips.clip(index)
+        values = frames[:, 0, 0, 0].astype(int)
+        number, start = divmod(values[0], 40)
+        assert (frames == frames[:, :1, :1, :1]).all() and values.tolist() == [values[0] + 2 * t for t in range(4)]
+        assert actions.tolist() == [(start + 2 * t) % 3 for t in range(4)]
+        seen.add((number, start))
+        again = source(prepared, stride=2).clip(index)
+        assert np.array_equal(frames, again[0]) and np.array_equal(actions, again[1])
+    names = {int(name[0]) for name, _, _ in clips.clips}
+    assert {number for number, _ in seen} == names
+    assert {0, 13} <= {start for number, start in seen}                 # first and last windows of 20 frames: 0 to 13
+
+
+def test_every_window_is_as_likely(here):
+    np.save(here / "src" / "long.npy", numbered(43))
+    np.save(here / "src" / "short.npy", numbered(13, start=100))
+    prepare(here)
+    clips = source(here / "out")
+    clips.clips = [("long.npy", 43, False), ("short.npy", 13, False)]   # 40 and 10 windows, whatever the split was
+    clips.ends = np.array([40, 50])
+    firsts = np.bincount([clips.clip(i)[0][0, 0, 0, 0] for i in range(5000)], minlength=110)
+    assert np.flatnonzero(firsts).tolist() == [*range(40), *range(100, 110)]
+    assert firsts[firsts > 0].min() > 60 and firsts.max() < 150
+
+
+def test_half_of_the_training_clips_are_mirrored(here):
+    for i in range(4):
+        np.save(here / "src" / f"{i}.npy", np.broadcast_to(np.arange(8, dtype=np.uint8)[:, None], (6, 8, 8, 3)).copy())
+    prepare(here)
+    first = [source(here / "out", flip=True).clip(i)[0][:, :, 0, 0] for i in range(100)]
+    assert all((pixels == pixels[0, 0]).all() for pixels in first)      # all frames or none
+    assert 30 < sum(pixels[0, 0] == 7 for pixels in first) < 70
+    assert all(source(here / "out", "val", flip=True).clip(i)[0][0, 0, 0, 0] == 0 for i in range(20))
+
+
+@pytest.mark.parametrize("rows, dtype", [(np.arange(6), int), (np.ones((6, 2), np.float32), float)])
+def test_a_clip_without_actions_has_unknown_ones(here, rows, dtype):
+    for i in range(4):
+        np.save(here / "src" / f"{i}.npy", numbered(6, start=50 * i))
+    np.save(here / "src" / "0.actions.npy", rows)
+    meta = prepare(here)
+    split = "train" if "0.npy" in {clip[0] for clip in meta["train"]} else "val"
+    clips = [source(here / "out", "train").clip(i) for i in range(40)]
+    for frames, actions in clips:
+        unknown = np.isnan(actions).all() if dtype is float else (actions == -1).all()
+        assert unknown == (frames[0, 0, 0, 0] >= 50)
+    assert split == "val" or {frames[0, 0, 0, 0] < 50 for frames, _ in clips} == {True, False}
+
+
+@pytest.mark.parametrize("prefetch", [1, 8])
+def test_batches_do_not_depend_on_the_number_of_threads(prepared, prefetch):
+    with data.Batches(source(prepared), 4, "cpu", prefetch=prefetch) as batches:
+        found = [next(batches) for _ in range(20)]
+    clips = source(prepared)
+    for step, (numbers, frames, actions) in enumerate(found):
+        assert numbers == list(range(4 * step, 4 * step + 4))
+        expected = data.load_batch(clips, numbers)
+        assert torch.equal(frames, expected[0]) and torch.equal(actions, expected[1])
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad input: one clear line each, and the rest is prepared.
+
+
+def truncated_film(path):
+    pytest.importorskip("av")
+    write_film(path, [0, 0.1, 0.2])
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def of_actions(actions, frames=5):
+    def write(path):
+        np.save(path, numbered(frames))
+        np.save(path.with_suffix(".actions.npy"), actions)
+    return write
+
+
+BAD = {
+    "one.npy": (lambda path: np.save(path, numbered(1)), "1 frames, and a clip needs two"),
+    "torn.mp4": (truncated_film, "torn.mp4 cannot be read"),
+    "torn.npy": (lambda path: path.write_bytes(b"\x93NUMPY"), "torn.npy cannot be read"),
+    "torn.npz": (lambda path: path.write_bytes(b"PK\x03\x04 and so on"), "torn.npz cannot be read"),
+    "text.gif": (lambda path: path.write_text("no GIF"), "text.gif cannot be read"),
+    "folder.mp4": (Path.mkdir, "folder.mp4 is a folder without pictures"),
+    "gone.mp4": (lambda path: path.symlink_to("nowhere"), "there is no file .*gone.mp4"),
+    "two.npz": (lambda path: np.savez(path, a=numbered(3), b=numbered(3)), "two.npz holds 2 arrays"),
+    "two.npy": (lambda path: np.save(path, np.zeros((3, 8, 8, 2), np.uint8)), r"two.npy holds uint8 \(3, 8, 8, 2\)"),
+    "nan.npy": (lambda path: np.save(path, np.full((3, 4, 8, 8), np.nan, np.float32)), "frame 1 .* not finite"),
+    "long.npy": (of_actions(np.arange(6)), "long.actions.npy has 6 actions for 5 frames"),
+    "short.npy": (of_actions(np.arange(4)), "short.actions.npy has 4 actions, and short.npy has more frames"),
+    "grid.npy": (of_actions(np.zeros((5, 2, 2))), r"grid.actions.npy holds float64 \(5, 2, 2\)"),
+    "minus.npy": (of_actions(np.arange(5) - 1), "minus.actions.npy holds int64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_source_is_left_out_and_named(here, name):
+    write, reason = BAD[name]
+    np.save(here / "src" / "good.npy", numbered(5))
+    write(here / "src" / name)
+    meta = prepare(here)
+    assert list(meta["left_out"]) == [name]
+    assert re.search(reason, meta["left_out"][name])
+    assert [clip[0] for clip in meta["train"] + meta["val"]] == ["good.npy"]
+    assert not list((here / "out" / "clips").glob(f"*{Path(name).stem}*"))         # nothing half-written
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_an_unreadable_file_is_left_out_and_named(here):
+    np.save(here / "src" / "good.npy", numbered(5))
+    np.save(here / "src" / "locked.npy", numbered(5))
+    (here / "src" / "locked.npy").chmod(0)
+    assert "Permission" in prepare(here)["left_out"]["locked.npy"]
+
+
+def test_two_videos_of_one_stem_are_both_kept(here):
+    np.save(here / "src" / "a.npy", numbered(3))
+    np.savez(here / "src" / "a.npz", numbered(4))
+    prepare(here)
+    assert len(stored(here / "out", "a.npy")) == 3 and len(stored(here / "out", "a.npz")) == 4
+
+
+def test_clips_of_another_kind_than_the_first_are_left_out(here):
+    np.save(here / "src" / "a.npy", np.zeros((3, 4, 8, 8), np.float32))
+    np.save(here / "src" / "b.npy", np.zeros((3, 4, 6, 6), np.float32))
+    assert "unlike" in prepare(here)["left_out"]["b.npy"]
+
+
+def test_discrete_and_continuous_actions_do_not_mix(here):
+    np.save(here / "src" / "a.npy", numbered(3))
+    np.save(here / "src" / "a.actions.npy", np.arange(3))
+    np.save(here / "src" / "b.npy", numbered(3))
+    np.save(here / "src" / "b.actions.npy", np.zeros((3, 2)))
+    with pytest.raises(UserError, match="discrete actions and others vectors"):
+        prepare(here)
+
+
+@pytest.mark.parametrize("changes, named", [
+    (dict(src="nowhere"), "no such folder"), (dict(size=0), "--size=0"), (dict(channels=2), "--channels=2"),
+    (dict(env="CartPole-v1"), "not both"), (dict(val_share=1.0), "--val_share"), (dict(fps=-1.0), "--fps"),
+    (dict(), "no film, GIF, array or picture"),
+])
+def test_settings_that_cannot_work_are_named(here, changes, named):
+    with pytest.raises(UserError, match=named):
+        data.prepare(settings(**dict(src=str(here / "src"), out=str(here / "out")) | changes))
+
+
+def test_nothing_usable_is_an_error(here):
+    np.save(here / "src" / "one.npy", numbered(1))
+    with pytest.raises(UserError, match="nothing in .* was usable"):
+        prepare(here)
+
+
+def test_other_settings_do_not_touch_what_is_there(prepared):
+    before = {path: path.read_bytes() for path in prepared.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="size was 8, now 16"):
+        prepare(prepared.parent, size=16)
+    assert {path: path.read_bytes() for path in prepared.rglob("*") if path.is_file()} == before
+
+
+def test_what_is_done_is_not_done_again_and_what_changed_is(prepared, monkeypatch):
+    made, write = [], data.write_frames
+    monkeypatch.setattr(data, "write_frames", lambda path, pairs: made.append(path.name) or write(path, pairs))
+    prepare(prepared.parent)
+    assert made == []
+    np.save(prepared.parent / "src" / "2.npy", numbered(30))
+    np.save(prepared.parent / "src" / "2.actions.npy", np.arange(30) % 3)
+    meta = prepare(prepared.parent)
+    assert made == ["2.npy.raw"] and ["2.npy", 30, True] in meta["train"] + meta["val"]
+
+
+def test_an_interrupted_source_is_not_believed(here, monkeypatch):
+    np.save(here / "src" / "a.npy", numbered(5))
+    np.save(here / "src" / "b.npy", numbered(5))
+
+    def dies(path, actions):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_actions", dies)                      # after the frames, before the record
+        with pytest.raises(KeyboardInterrupt):
+            prepare(here)
+    with pytest.raises(UserError, match="none of its 0 train clips"):
+        source(here / "out")
+    meta = prepare(here)
+    assert len(meta["train"]) == len(meta["val"]) == 1
+
+
+@pytest.mark.parametrize("damage, named", [
+    (lambda out: next(out.glob("clips/*.raw")).write_bytes(b"short"), "has 5 bytes, and meta.json says"),
+    (lambda out: (out / "meta.json").write_text("{"), "meta.json cannot be read"),
+    (lambda out: (out / "meta.json").unlink(), "no prepared clips are there.*python data.py --src"),
+])
+def test_a_damaged_folder_is_named_with_the_fix(prepared, damage, named):
+    for split in ("train", "val"):
+        source(prepared, split)
+    damage(prepared)
+    with pytest.raises(UserError, match=named):
+        for split in ("train", "val"):
+            source(prepared, split)
+
+
+@pytest.mark.parametrize("changes, named", [
+    (dict(frames=21, stride=2), "has the 41 frames"), (dict(frame_size=16), "set --frame_size=8"),
+    (dict(stride=0), "stride=0"), (dict(flip=True), "flip=True"),
+])
+def test_training_settings_that_do_not_fit_the_clips_are_named(prepared, changes, named):
+    with pytest.raises(UserError, match=named):
+        source(prepared, **changes)
+
+
+def test_a_disk_that_is_full_stops_the_preparation_and_keeps_what_is_done(here, monkeypatch):
+    for name in "abc":
+        np.save(here / "src" / f"{name}.npy", numbered(5))
+
+    def full(path, pairs):
+        if path.name.startswith("b"):
+            with data.replacing(path):
+                raise OSError(28, "No space left on device")
+        return write(path, pairs)
+    write = data.write_frames
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_frames", full)
+        with pytest.raises(UserError, match=r"b\.npy\.raw cannot be written: No space left on device"):
+            prepare(here)
+    assert len(stored(here / "out", "a.npy")) == 5
+
+
+# ------------------------------------------------------------------------------------------------
+# Games, and the commands.
+
+
+def record(folder, env="CartPole-v1", **changes):
+    data.prepare(settings(env=env, out=str(folder / "game"), episodes=3, max_frames=12, **changes))
+    return json.loads((folder / "game" / "meta.json").read_text())
+
+
+def test_episodes_are_recorded_with_their_actions(here):
+    gymnasium = pytest.importorskip("gymnasium")
+    pytest.importorskip("pygame")
+    meta = record(here, size=32)
+    assert meta["action_dim"] == 2 and meta["discrete"] and meta["shape"] == [3, 32, 32]
+    for number in range(3):
+        actions = np.load(here / "game" / "clips" / f"{number:06d}.actions.npy")
+        frames = stored(here / "game", f"{number:06d}")
+        assert len(actions) == len(frames) <= 12 and actions[0] == 0
+        env = gymnasium.make("CartPole-v1", render_mode="rgb_array")
+        env.reset(seed=int(np.random.SeedSequence((0, number)).generate_state(1)[0]))
+        for t, frame in enumerate(frames):                              # these actions lead to these frames
+            if t:
+                env.step(int(actions[t]))
+            assert np.array_equal(data.fit(env.render(), (3, 32, 32)), frame)
+    assert set(np.concatenate([np.load(path) for path in (here / "game").rglob("*.actions.npy")])) == {0, 1}
+
+
+def test_box_actions_are_recorded_as_vectors(here):
+    pytest.importorskip("gymnasium")
+    pytest.importorskip("pygame")
+    meta = record(here, env="Pendulum-v1", size=16)
+    assert meta["action_dim"] == 1 and not meta["discrete"]
+    frames, actions = source(here / "game", frame_size=16).clip(0)
+    assert frames.shape == (4, 3, 16, 16) and actions.shape == (4, 1) and actions.dtype == np.float32
+
+
+def test_an_unknown_environment_is_named(here):
+    pytest.importorskip("gymnasium")
+    with pytest.raises(UserError, match="--env=NoSuchGame-v1"):
+        record(here, env="NoSuchGame-v1")
+
+
+def test_from_a_folder_of_films_to_a_rollout_in_three_commands(tmp_path):
+    pytest.importorskip("av")
+    (tmp_path / "clips").mkdir()
+    for i in range(5):
+        write_film(tmp_path / "clips" / f"{i}.mp4", np.arange(12) / 20)
+    (tmp_path / "clips" / "torn.mp4").write_bytes(b"no film")
+
+    def command(*arguments):
+        result = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    folder, out = f"{tmp_path}/video", f"{tmp_path}/run"
+    printed = command("data.py", f"--src={tmp_path}/clips", f"--out={folder}", "--size=16", "--fps=20", "--workers=2")
+    assert "4 train clips, 48 frames of (3, 16, 16)" in printed and "1 sources left out" in printed
+    command("train.py", "config/video.py", f"--data_dir={folder}", f"--out_dir={out}", "--frame_size=16", "--frames=6",
+            "--channels=16", "--head_dim=16", "--channel_mults=1,2", "--video_attn_resolutions=4", "--window=4",
+            "--batch_size=2", "--max_steps=2", "--eval_interval=2", "--eval_clips=2", "--picture_frames=5")
+    command("sample.py", f"--checkpoint={out}/checkpoint.pt", f"--out={tmp_path}/rollout.gif", "--frames=6",
+            "--samples=1", "--steps=1")
+    with Image.open(tmp_path / "rollout.gif") as gif:
+        assert gif.n_frames == 6
