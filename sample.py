@@ -2,14 +2,24 @@
 
     python sample.py --out rollout.gif                       # the newest checkpoint under out/
     python sample.py --checkpoint=out/mnist/checkpoint.pt --frames=200 --samples=8 --out=long.gif
+    python sample.py --play                                  # steer it from a web page
 """
+import collections
+import contextlib
 import functools
+import http.server
 import importlib.util
+import io
 import itertools
+import json
 import math
 import os
+import secrets
 import signal
 import sys
+import threading
+import time
+import webbrowser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,6 +61,8 @@ seed = 0                    # same seed, same file
 fps = 10                    # frames per second of the GIF
 scale = 4                   # pixels per pixel
 truth = False               # show the data's own continuation above each sample
+play = False                # instead of a file: steer the model from a web page, from frames of the data on
+port = 8000                 # of that page, on this machine; 0: any that is free
 device = "auto"             # auto, cpu, cuda, cuda:1, ..
 
 
@@ -109,7 +121,7 @@ class Rollout:
         self.shape, self.device = (clip.shape[0], *clip.shape[2:]), clip.device
         self.cache, self.no_past = Cache(), Cache()
         if clip.shape[1]:
-            self.read(clip)
+            self.read(clip, None if actions is None else actions[:, :clip.shape[1]])
 
     def __iter__(self):
         return self
@@ -118,36 +130,37 @@ class Rollout:
         t = self.cache.position
         if self.actions is not None and t >= self.actions.shape[1]:
             raise StopIteration
-        generator = seeded(self.device, self.seed, t)
+        return self.advance(None if self.actions is None else self.actions[:, t:t + 1])
+
+    def advance(self, action=None):
+        """The next frame, b c h w, which `action`, b 1 (..), leads to."""
+        generator = seeded(self.device, self.seed, self.cache.position)
         x = torch.randn(self.shape, generator=generator, device=self.device) * self.levels[0]
-        x = reverse_diffusion(self.denoise, x, self.levels, generator=generator, **self.how)
+        x = reverse_diffusion(functools.partial(self.denoise, action), x, self.levels, generator=generator, **self.how)
         x = x.clamp(*self.limits) if self.limits else x
-        self.read(x[:, None])
+        self.read(x[:, None], action)
         return x
 
-    def denoise(self, x, sigma):
+    def denoise(self, action, x, sigma):
         """D(x, sigma) given the past; with history guidance, extrapolated from the D of a frame that has none, which
         the model has learnt from every clip's first."""
-        given_past = self.pass_through(x[:, None], sigma, self.cache)[:, 0]
+        given_past = self.pass_through(x[:, None], sigma, action, self.cache)[:, 0]
         if self.guidance == 1 or self.cache.position == 0:
             return given_past
-        return torch.lerp(self.pass_through(x[:, None], sigma, self.no_past)[:, 0], given_past, self.guidance)
+        return torch.lerp(self.pass_through(x[:, None], sigma, action, self.no_past)[:, 0], given_past, self.guidance)
 
-    def read(self, x):
+    def read(self, x, actions):
         """Writes finished frames b t c h w into the caches, at the level of noise that training gave its context."""
         if self.context_noise:
             positions = range(self.cache.position, self.cache.position + x.shape[1])
             noise = [torch.randn(self.shape, generator=seeded(self.device, self.seed, t, 1), device=self.device)
                      for t in positions]
             x = x + self.context_noise * torch.stack(noise, dim=1)
-        self.pass_through(x, self.context_noise, self.cache, commit=True)
+        self.pass_through(x, self.context_noise, actions, self.cache, commit=True)
 
-    def pass_through(self, x, sigma, cache, commit=False):
+    def pass_through(self, x, sigma, actions, cache, commit=False):
         """One evaluation of frames b t c h w, all at noise level `sigma`, that follow those read so far."""
-        start = self.cache.position
-        actions = None if self.actions is None else self.actions[:, start:start + x.shape[1]]
-        sigma = torch.full(x.shape[:2], sigma, device=x.device)
-        return self.model.step(x, sigma, cache, actions, commit)
+        return self.model.step(x, torch.full(x.shape[:2], sigma, device=x.device), cache, actions, commit)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -326,13 +339,18 @@ def write(path, frames, given=0, scale=4, fps=10):
         WRITERS[Path(path).suffix](file, frames, given, scale, fps)
 
 
+def start_rollout(model, clips, stats, settings, actions=None):
+    """The `Rollout` that goes on from the stored clips b t c h w: pixels, which stay black to white, or latents."""
+    black_and_white = torch.tensor([0, 255], dtype=torch.uint8, device=clips.device)[:, None, None, None]
+    limits = None if stats.get("latent") else to_network(black_and_white, stats, model.cfg.sigma_data).unbind()
+    clip = to_network(clips, stats, model.cfg.sigma_data)
+    return Rollout(model, clip, actions=actions, limits=limits, **settings)
+
+
 def roll_out(model, clips, given, frames, stats, settings, actions=None, progress=False, stop=()):
     """Yields `frames` frames, uint8 b c h w: the first `given` ones of the uint8 clips b t c h w, then the model's own.
     Fewer, if something comes to be in the list `stop`."""
-    clip = to_network(clips[:, :given], stats, model.cfg.sigma_data)
-    black_and_white = torch.tensor([0, 255], dtype=torch.uint8, device=clips.device)[:, None, None, None]
-    limits = None if stats.get("latent") else to_network(black_and_white, stats, model.cfg.sigma_data).unbind()
-    rollout = Rollout(model, clip, actions=actions, limits=limits, **settings)
+    rollout = start_rollout(model, clips[:, :given], stats, settings, actions)
     yield from clips[:, :given].cpu().numpy().swapaxes(0, 1)
     for _ in tqdm(range(frames - given), unit="frame", disable=not progress):
         if stop:
@@ -344,6 +362,207 @@ def beside(clips, frames):
     """Each clip's own frame, then what was made of it: yields uint8 (b two) c h w."""
     for true, made in zip(clips.numpy().swapaxes(0, 1), frames):
         yield rearrange([true, made], "two b c h w -> (b two) c h w")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Play: a page on this machine asks for one frame after another, each with the action of the keys that are down.
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>play</title>
+<style>body { background: #111; color: #ddd; font: 16px sans-serif; text-align: center }
+img { image-rendering: pixelated; height: 65vh } a { color: #fa0 }</style>
+<p><img id="frame" alt="the newest frame"><p id="status" role="status">starting<p id="sliders">
+<p><button id="pause">pause</button> <button id="restart">restart</button>
+<a id="gif" href="/gif" download="play.gif">save the last frames as a GIF</a><p id="help">
+<script>
+const game = GAME, $ = id => document.getElementById(id), held = [], times = []
+const keys = {ArrowUp: 1, ArrowDown: 2, ArrowLeft: 3, ArrowRight: 4}
+let paused = false, tapped = null
+for (let i = 0; i < 10; i++) keys[i] = i
+$("help").textContent = game.sliders ? "the sliders are the actions" : game.actions
+  ? `arrow keys and 0 to ${Math.min(9, game.actions - 1)} are the actions, space pauses`
+  : "this model was trained without actions: it dreams on; space pauses"
+for (let i = 0; i < game.sliders; i++)
+  $("sliders").innerHTML += `<input type="range" min="-1" max="1" step="0.01" value="0" aria-label="action ${i}"> `
+onkeydown = event => {
+  if (event.key == " ") { event.preventDefault(); $("pause").click() }
+  if (!(keys[event.key] < game.actions) || event.repeat) return
+  event.preventDefault(); held.unshift(event.key); tapped = event.key
+}
+onkeyup = event => { const i = held.indexOf(event.key); if (i >= 0) held.splice(i, 1) }
+onblur = () => { held.length = 0 }
+$("pause").onclick = event => {
+  event.target.blur(); paused = !paused; event.target.textContent = paused ? "go on" : "pause"
+}
+$("restart").onclick = event => { event.target.blur(); ask({do: "restart"}) }
+function action() {
+  if (game.sliders) return [...document.querySelectorAll("input")].map(slider => +slider.value)
+  const key = held[0] ?? tapped ?? 0
+  tapped = null
+  return keys[key]
+}
+async function ask(request) {
+  const answer = await fetch("/", {method: "POST", body: JSON.stringify({player: game.player, ...request})})
+  if (!answer.ok) throw await answer.text()
+  URL.revokeObjectURL($("frame").src)
+  $("frame").src = URL.createObjectURL(await answer.blob())
+  return answer.headers.get("X-Frame")
+}
+async function loop() {
+  const began = performance.now()
+  try {
+    if (!paused) {
+      const frame = await ask({do: "frame", action: action()})
+      times.push(performance.now()); if (times.length > 20) times.shift()
+      const rate = 1000 * (times.length - 1) / (times.at(-1) - times[0])
+      $("status").textContent = `${frame}, ${(rate || 0).toFixed(1)} frames per second`
+    } else { times.length = 0; $("status").textContent = "paused" }
+  } catch (reason) { $("status").textContent = `stopped: ${reason}`; return }
+  setTimeout(loop, Math.max(0, 1000 / game.fps - (performance.now() - began)))
+}
+loop()
+</script>"""
+BUSY = """<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="3"><title>taken</title>
+<p>Another page is playing. This one takes over when that one is closed or pauses."""
+
+
+class Refused(Exception):
+    """Of a request that is not answered: the HTTP status, why, and what kind of text that is."""
+
+
+class Game:
+    """A rollout that one page steers. Every method answers with bytes; only one runs at a time."""
+
+    def __init__(self, model, source, stats, cfg, settings, device):
+        self.model, self.source, self.stats, self.cfg, self.settings = model, source, stats, cfg, settings
+        if stats.get("latent"):
+            raise UserError("--play shows pictures, and this model makes latents")
+        self.device, self.lock = device, threading.Lock()
+        self.player, self.seen, self.number = None, -math.inf, cfg.first_clip
+        self.last = collections.deque(maxlen=300)           # frames that a GIF shows
+        self.restart()
+
+    def restart(self):
+        """Begins anew from the next clip's first frames."""
+        clips, actions = load_batch(self.source, [self.number])
+        self.number, clips = self.number + 1, clips[:, :self.cfg.context].to(self.device)
+        self.continuous = actions is not None and actions.is_floating_point()
+        given = None if actions is None else actions[:, :self.cfg.context].to(self.device)
+        self.rollout = start_rollout(self.model, clips, self.stats, self.settings, given)
+        self.last.clear()
+        self.last.extend(clips.cpu().numpy().swapaxes(0, 1) if self.cfg.context else
+                         [np.zeros((1, *self.source.shape), np.uint8)])
+
+    def page(self):
+        """The page, for a new player."""
+        if time.monotonic() - self.seen < 5:
+            raise Refused(409, BUSY, "text/html")
+        self.player, self.seen = secrets.token_urlsafe(), time.monotonic()
+        actions = self.model.cfg.action_dim
+        game = dict(player=self.player, fps=self.cfg.fps, actions=0 if self.continuous else actions,
+                    sliders=actions if self.continuous else 0)
+        return PAGE.replace("GAME", json.dumps(game)).encode()
+
+    def read_action(self, action):
+        """The tensor b 1 (..) of what a page sent."""
+        count = self.model.cfg.action_dim
+        if not count:
+            return None
+        if self.continuous:
+            expected = f"{count} numbers"
+            fits = isinstance(action, list) and len(action) == count and all(type(x) in (int, float) for x in action)
+        else:
+            expected = f"a whole number from 0 to {count - 1}"
+            fits = type(action) is int and 0 <= action < count
+        if not fits:
+            raise Refused(400, f"action {action!r}: expected {expected}", "text/plain")
+        return torch.tensor([[action]], dtype=torch.float32 if self.continuous else torch.long, device=self.device)
+
+    def play(self, request):
+        """(the newest frame as a PNG, its number in words)."""
+        if request.get("do") not in ("frame", "restart"):
+            raise Refused(400, "expected {player, do: frame or restart, action}", "text/plain")
+        if request.get("player") != self.player:
+            raise Refused(409, "another page has taken over", "text/plain")
+        self.seen = time.monotonic()
+        if request["do"] == "restart":
+            self.restart()
+        else:
+            frame = self.rollout.advance(self.read_action(request.get("action")))
+            self.last.append(to_pixels(frame, self.stats, self.model.cfg.sigma_data).cpu().numpy())
+        picture = io.BytesIO()
+        Image.fromarray(next(tiled([self.last[-1]], 0, self.cfg.scale))).save(picture, format="png")
+        return picture.getvalue(), f"frame {self.rollout.cache.position}"
+
+    def gif(self):
+        picture = io.BytesIO()
+        write_gif(picture, list(self.last), 0, self.cfg.scale, self.cfg.fps)
+        return picture.getvalue()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers pages of its own only: those of other sites can neither read the game nor steer it."""
+    timeout = 5                                             # seconds for a request to arrive
+
+    def do_GET(self):
+        game, frame, status = self.server.game, "", 200
+        try:
+            self.check_origin()
+            request = self.read_request() if self.command == "POST" else None
+            with game.lock:
+                if request is not None:
+                    kind, (body, frame) = "image/png", game.play(request)
+                elif self.path == "/gif":
+                    kind, body = "image/gif", game.gif()
+                else:
+                    kind, body = "text/html", game.page()
+        except Refused as refused:
+            status, text, kind = refused.args
+            body = text.encode()
+        self.send_response(status)
+        for name, value in (("Content-Type", kind), ("Content-Length", len(body)), ("Cache-Control", "no-store"),
+                            ("X-Content-Type-Options", "nosniff"), ("X-Frame", frame)):
+            self.send_header(name, str(value))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):          # a page that was closed meanwhile
+            self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def check_origin(self):
+        hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
+        host, origin = self.headers.get("Host"), self.headers.get("Origin")
+        if host not in hosts or origin not in (None, f"http://{host}"):
+            raise Refused(403, f"only pages of http://{hosts[0]} are answered", "text/plain")
+        if self.path not in ("/", "/gif"):
+            raise Refused(404, "there is / and /gif", "text/plain")
+
+    def read_request(self):
+        size = self.headers.get("Content-Length", "")
+        if not (size.isascii() and size.isdecimal() and int(size) <= 4096):
+            raise Refused(413, "expected up to 4096 bytes of JSON", "text/plain")
+        try:
+            return dict(json.loads(self.rfile.read(int(size))))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise Refused(400, f"no JSON object: {error}", "text/plain") from None
+
+    def log_message(self, *_):
+        pass
+
+
+def serve(game, port):
+    """Serves the game to this machine's browser until Ctrl-C."""
+    try:
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--port={port} cannot be used ({error}): give another one, or 0 for any") from None
+    server.game, server.daemon_threads = game, True
+    url = f"http://127.0.0.1:{server.server_port}"
+    print(f"play at {url}; Ctrl-C ends", flush=True)
+    webbrowser.open(url)
+    with contextlib.suppress(KeyboardInterrupt), server:
+        server.serve_forever()
+    game.lock.acquire()                                     # a frame in the making is finished: torch must not be cut off
+    print("\nended")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -403,6 +622,8 @@ def check_settings(cfg):
         raise UserError("--truth shows how a clip of the data goes on: it cannot be used with --prompt")
     if cfg.prompt and cfg.context < 1:
         raise UserError(f"--prompt={cfg.prompt} with --context={cfg.context}: give how many of its frames to take")
+    if cfg.prompt and cfg.play:
+        raise UserError(f"--play begins with clips of the data: it cannot be used with --prompt={cfg.prompt}")
     if cfg.context > cfg.frames:
         raise UserError(f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
     check_extension(cfg.out)
@@ -426,6 +647,11 @@ def main(cfg):
     weights = f"weights averaged over {cfg.ema:g} of the run" if cfg.ema else "raw weights"
     print(f"{path}, step {state['step']}, {weights}")
     print(f"given frames: {origin}")
+    if cfg.context_noise < 0:
+        cfg.context_noise = settings.context_noise / 2
+        print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")
+    if cfg.play:
+        return serve(Game(model, source, state["stats"], cfg, rollout_settings(cfg), device), cfg.port)
     if cfg.actions:
         actions = read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim)
     elif cfg.prompt and model.cfg.action_dim:
@@ -433,9 +659,6 @@ def main(cfg):
                                          "--actions (with action_dropout in training it would do without)")
         print("no --actions given: the model is told none")
         actions = torch.full((cfg.samples, cfg.frames), -1)
-    if cfg.context_noise < 0:
-        cfg.context_noise = settings.context_noise / 2
-        print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")
     frames = roll_out(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),
                       None if actions is None else actions.to(device), progress=True, stop=(stop := []))
     for number in (signal.SIGINT, signal.SIGTERM):          # what has been made is written; a second one ends at once

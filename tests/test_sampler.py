@@ -268,7 +268,7 @@ def test_history_guidance_extrapolates_from_a_frame_without_a_past(model, contex
     past, alone = (model.step(x[:, None], sigma, c)[:, 0] for c in (cache, Cache()))
     assert (past - alone).abs().max() > 1e-3
     for weight in (0.0, 1.0, 1.5):
-        guided = Rollout(model, context, LEVELS, guidance=weight).denoise(x, LEVELS[0])
+        guided = Rollout(model, context, LEVELS, guidance=weight).denoise(None, x, LEVELS[0])
         assert torch.allclose(guided, (1 - weight) * alone + weight * past, rtol=0, atol=1e-5)
     made, guided = (take(Rollout(model, context, LEVELS, guidance=w), 2) for w in (1.0, 1.5))
     assert torch.equal(made, take(Rollout(model, context, LEVELS), 2)) and not torch.equal(made, guided)
@@ -310,7 +310,7 @@ def test_reading_the_context_at_once_is_reading_it_frame_by_frame(model, context
     at_once = Rollout(model, context, LEVELS, context_noise=level)
     in_turn = Rollout(model, context[:, :0], LEVELS, context_noise=level)
     for frame in context.split(1, dim=1):
-        in_turn.read(frame)
+        in_turn.read(frame, None)
     assert torch.allclose(take(at_once, 3), take(in_turn, 3), rtol=0, atol=1e-4)
 
 

@@ -1,0 +1,293 @@
+"""Playing: what the server answers and refuses, and a real browser that steers the model by its keyboard."""
+
+import http.client
+import io
+import json
+import shutil
+import signal
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+from test_commands import finish, start
+from test_train import CPU, TINY, write_digits
+
+import sample
+import train
+from config import UserError, plain_settings, read_settings
+from data import load_batch
+
+WORLD = TINY | {"dataset": "world", "digits": 3, "canvas_size": 24, "speed": (4.0, 4.0), "max_steps": 2}
+
+
+@pytest.fixture(scope="module", params=["discrete", "continuous", "none"])
+def parts(request, tmp_path_factory):
+    """(model, source, stats) of a world with five actions, of one with vectors of two, and of digits without any."""
+    folder = write_digits(tmp_path_factory.mktemp("mnist") / "mnist")
+    changes = WORLD if request.param != "none" else TINY
+    cfg = SimpleNamespace(**plain_settings(vars(train)) | changes | {"data_dir": str(folder)})
+    source = train.open_source(cfg, "val")
+    if request.param == "continuous":
+        clip, source.action_dim = source.clip, 2
+        source.clip = lambda index: (clip(index)[0], np.float32([[a, -a] for a in clip(index)[1]]))
+    torch.manual_seed(0)
+    model = train.build_model(cfg, source, CPU)
+    with torch.no_grad():
+        model.unet.head_gain.fill_(1)
+        for module in model.unet.modules():
+            if hasattr(module, "emb_gain"):
+                module.emb_gain.fill_(1)
+    return model.eval().requires_grad_(False), source, train.measure(source), request.param
+
+
+@pytest.fixture
+def game(parts):
+    model, source, stats, kind = parts
+    cfg = SimpleNamespace(**plain_settings(vars(sample)) | {"context": 2, "steps": 1, "scale": 1, "context_noise": 0.0})
+    game = sample.Game(model, source, stats, cfg, sample.rollout_settings(cfg), CPU)
+    game.an_action = {"discrete": 3, "continuous": [0.5, -1], "none": None}[kind]
+    return game
+
+
+@pytest.fixture
+def server(game):
+    server = sample.http.server.ThreadingHTTPServer(("127.0.0.1", 0), sample.Handler)
+    server.game, server.daemon_threads = game, True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def ask(server, method="GET", path="/", body=None, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    connection.request(method, path, body if isinstance(body, (bytes, type(None))) else json.dumps(body), headers)
+    answer = connection.getresponse()
+    return SimpleNamespace(code=answer.status, body=answer.read(), headers=answer.headers)
+
+
+def player(server):
+    page = ask(server).body.decode()
+    return json.loads(page.split("const game = ")[1].split(", $ =")[0])["player"]
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+# ------------------------------------------------------------------------------------------------
+# What is answered.
+
+
+def test_a_frame_is_the_rollouts_with_the_actions_that_were_sent(game, server):
+    model, source, stats = game.model, game.source, game.stats
+    clips, actions = load_batch(source, [0])
+    token = player(server)
+    found = [ask(server, "POST", body={"player": token, "do": "frame", "action": game.an_action}) for _ in range(4)]
+    if actions is not None:
+        chosen = torch.tensor([[game.an_action] * 4]).to(actions.dtype)
+        actions = torch.cat([actions[:, :2], chosen], dim=1)
+    rollout = sample.start_rollout(model, clips[:, :2], stats, game.settings, actions)
+    for t, answer in enumerate(found):
+        expected = sample.to_pixels(next(rollout), stats, model.cfg.sigma_data)[0, 0].numpy()
+        assert answer.code == 200 and answer.headers["X-Frame"] == f"frame {t + 3}"
+        assert np.array_equal(pixels(answer.body)[1:-1, 1:-1, 0], expected)
+
+
+def test_an_action_changes_the_frame_it_leads_to_where_there_are_actions(game):
+    game.page()
+    frames = []
+    for action in (game.an_action, {"3": 1}.get(str(game.an_action), [-1, 1])):
+        game.number = 0
+        game.restart()
+        frames.append(pixels(game.play({"player": game.player, "do": "frame", "action": action})[0]))
+    assert np.array_equal(*frames) == (game.an_action is None)
+
+
+def test_restarting_shows_the_next_clips_given_frames(game, server):
+    token = player(server)
+    for number in (1, 2):
+        answer = ask(server, "POST", body={"player": token, "do": "restart"})
+        given = load_batch(game.source, [number])[0][0, 1, 0].numpy()
+        assert answer.headers["X-Frame"] == "frame 2" and np.array_equal(pixels(answer.body)[1:-1, 1:-1, 0], given)
+
+
+def test_the_gif_holds_the_last_frames_and_no_more(game, server):
+    token = player(server)
+    for _ in range(3):
+        ask(server, "POST", body={"player": token, "do": "frame", "action": game.an_action})
+    with Image.open(io.BytesIO(ask(server, path="/gif").body)) as gif:
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(gif)]
+    assert sum(durations) == 500                            # five frames; those that are alike are stored as one
+    for _ in range(400):
+        game.last.append(game.last[-1])
+    assert len(game.last) == 300
+
+
+def test_the_memory_of_an_endless_game_does_not_grow(game):
+    game.page()
+
+    def kept_after(frames):
+        for _ in range(frames):
+            game.play({"player": game.player, "do": "frame", "action": game.an_action})
+        return sum(tensor.numel() for tensor in game.rollout.cache.tensors.values())
+    assert kept_after(1) == kept_after(20) > 0
+    assert game.rollout.cache.position == 23 and game.rollout.actions is None or game.rollout.actions.shape[1] == 2
+
+
+# ------------------------------------------------------------------------------------------------
+# What is refused, with the game untouched.
+
+
+@pytest.mark.parametrize("body, code, reason", [
+    ({"do": "frame", "action": "up"}, 400, "action 'up': expected"), ({"do": "frame", "action": 99}, 400, "99"),
+    ({"do": "frame", "action": True}, 400, "True"), ({"do": "frame", "action": [float("inf")]}, 400, "inf"),
+    ({"do": "frame"}, 400, "None"), ({"do": "jump"}, 400, "frame or restart"), (b"{", 400, "no JSON"),
+    (b"[" * 4000, 400, "no JSON"), (b"[1]", 400, "no JSON"), (b"\xff\xfe", 400, "no JSON"), (b"x" * 4097, 413, "4096"),
+    ({"do": "frame", "player": "another"}, 409, "taken over"), ({"do": "restart", "player": None}, 409, "taken over"),
+])
+def test_requests_that_make_no_sense_are_refused(game, server, body, code, reason):
+    if isinstance(body, dict):
+        body = {"player": player(server)} | body
+    before = game.rollout.cache.position
+    answer = ask(server, "POST", body=body)
+    if game.an_action is None and reason in ("action 'up': expected", "99", "True", "inf", "None"):
+        assert answer.code == 200                           # where there are no actions, none is read
+        return
+    assert answer.code == code and reason in answer.body.decode() and game.rollout.cache.position == before
+    assert answer.headers["Content-Type"] == "text/plain"
+
+
+@pytest.mark.parametrize("headers", [{"Host": "evil.example"}, {"Host": "127.0.0.1"}, {"Origin": "http://evil.example"},
+                                     {"Origin": "null"}, {"Origin": "http://localhost:1"}])
+def test_other_hosts_and_origins_are_refused(game, server, headers):
+    for method, path in (("GET", "/"), ("GET", "/gif"), ("POST", "/")):
+        answer = ask(server, method, path, b"{}" if method == "POST" else None, **headers)
+        assert answer.code == 403 and b"only pages of http://127.0.0.1" in answer.body
+    assert game.player is None
+
+
+def test_a_second_player_gets_a_page_and_takes_over_when_the_first_has_gone(game, server, monkeypatch):
+    first = player(server)
+    second = ask(server)
+    assert second.code == 409 and b"Another page is playing" in second.body
+    assert ask(server, "POST", body={"player": first, "do": "frame", "action": game.an_action}).code == 200
+    game.seen -= 6                                          # seconds of silence
+    second = player(server)
+    assert ask(server, "POST", body={"player": second, "do": "frame", "action": game.an_action}).code == 200
+    assert ask(server, "POST", body={"player": first, "do": "frame", "action": game.an_action}).code == 409
+
+
+def test_what_is_not_there_is_refused(server):
+    assert ask(server, path="/etc/passwd").code == 404 and ask(server, "POST", "/frame", b"{}").code == 404
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+    connection.putrequest("POST", "/")
+    connection.endheaders()
+    assert connection.getresponse().status == 413           # no length given
+
+
+def test_a_port_that_is_taken_is_named(game, server):
+    with pytest.raises(UserError, match=f"--port={server.server_port} cannot be used"):
+        sample.serve(game, server.server_port)
+    with pytest.raises(UserError, match="--port=99999"):
+        sample.serve(game, 99999)
+
+
+def test_latents_cannot_be_played(game):
+    with pytest.raises(UserError, match="this model makes latents"):
+        sample.Game(game.model, game.source, game.stats | {"latent": True}, game.cfg, game.settings, CPU)
+
+
+# ------------------------------------------------------------------------------------------------
+# The command, and a browser.
+
+
+@pytest.fixture(scope="module")
+def playing(tmp_path_factory):
+    """`python sample.py --play` of a world after two steps: the process and its address."""
+    folder = tmp_path_factory.mktemp("play")
+    digits = write_digits(folder / "mnist")
+    train.main(read_settings(vars(train), [f"--{key}={value}" for key, value in WORLD.items()]
+                             + [f"--data_dir={digits}", f"--out_dir={folder}/out"]))
+    process = start(folder, "sample.py", "--play", "--port=0", "--context=2", "--steps=1", "--fps=20", "--device=cpu")
+    for line in process.stdout:
+        if "play at" in line:
+            break
+    yield process, line.split()[2].rstrip(";")
+    process.kill()
+
+
+@pytest.fixture
+def browser(tmp_path, monkeypatch):
+    """Chromium without a window; downloads go to tmp_path."""
+    selenium = pytest.importorskip("selenium.webdriver")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromedriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("headless=new", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking",
+                 "disable-component-update", "disable-sync", f"user-data-dir={tmp_path}/profile"):
+        options.add_argument(f"--{flag}")
+    options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
+    browser = selenium.Chrome(options, selenium.ChromeService(shutil.which("chromedriver")))
+    yield browser
+    browser.quit()
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return found
+
+
+def test_a_browser_plays(playing, browser, tmp_path):
+    process, url = playing
+    browser.get(url)
+
+    def frame():
+        words = browser.find_element("id", "status").text.split()
+        return int(words[1].rstrip(",")) if words[0] == "frame" else None
+    until(lambda: (frame() or 0) > 5)
+    assert "frames per second" in browser.find_element("id", "status").text
+    # what the page sends with each frame, seen by a wrapper around fetch
+    browser.execute_script("""window.sent = []; const real = fetch
+        window.fetch = (url, how) => { sent.push(JSON.parse(how.body).action); return real(url, how) }""")
+    from selenium.webdriver import ActionChains, Keys
+    actions = ActionChains(browser)
+    until(lambda: 0 in browser.execute_script("return sent"))
+    actions.key_down(Keys.ARROW_LEFT).perform()
+    until(lambda: browser.execute_script("return sent").count(3) > 3)  # as long as it is held
+    actions.key_up(Keys.ARROW_LEFT).perform()
+    until(lambda: browser.execute_script("return sent.at(-1)") == 0)
+    actions.send_keys("2").perform()
+    until(lambda: 2 in browser.execute_script("return sent"))          # a tap, however short
+
+    browser.find_element("id", "pause").click()
+    until(lambda: browser.find_element("id", "status").text == "paused")
+    count = browser.execute_script("return sent.length")
+    time.sleep(0.5)
+    assert browser.execute_script("return sent.length") == count
+    browser.find_element("id", "gif").click()
+    saved = until(lambda: [path for path in tmp_path.glob("*.gif") if path.stat().st_size])[0]
+    with Image.open(saved) as gif:
+        assert gif.n_frames >= count // 2
+    browser.find_element("id", "restart").click()
+    browser.find_element("id", "pause").click()
+    until(lambda: frame() is not None)
+    assert frame() < count
+
+    process.send_signal(signal.SIGINT)
+    ended = finish(process)
+    assert ended.code == 0 and "ended" in ended.out and "Traceback" not in ended.err
+
+
+def test_nothing_is_played_without_data_or_from_a_prompt():
+    cfg = SimpleNamespace(**plain_settings(vars(sample)) | {"play": True, "prompt": "a.gif"})
+    with pytest.raises(UserError, match="--play begins with clips of the data"):
+        sample.check_settings(cfg)
