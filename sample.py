@@ -522,8 +522,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, value in (("Content-Type", kind), ("Content-Length", len(body)), ("Cache-Control", "no-store"),
                             ("X-Content-Type-Options", "nosniff"), ("X-Frame", frame)):
             self.send_header(name, str(value))
-        self.end_headers()
         with contextlib.suppress(ConnectionError):          # a page that was closed meanwhile
+            self.end_headers()
             self.wfile.write(body)
 
     do_POST = do_GET
@@ -561,7 +561,7 @@ def serve(game, port):
     webbrowser.open(url)
     with contextlib.suppress(KeyboardInterrupt), server:
         server.serve_forever()
-    game.lock.acquire()                                     # a frame in the making is finished: torch must not be cut off
+    game.lock.acquire()                                     # a frame in the making is finished, not cut off in torch
     print("\nended")
 
 

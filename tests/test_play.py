@@ -5,6 +5,8 @@ import io
 import json
 import shutil
 import signal
+import socket
+import struct
 import threading
 import time
 from types import SimpleNamespace
@@ -188,6 +190,26 @@ def test_what_is_not_there_is_refused(server):
     connection.putrequest("POST", "/")
     connection.endheaders()
     assert connection.getresponse().status == 413           # no length given
+
+
+def test_a_page_that_is_closed_before_its_answer_leaves_no_trace(game, server, capfd, monkeypatch):
+    token, asked = player(server), threading.Event()
+    advance = game.rollout.advance
+
+    def slow(action):
+        asked.set()
+        time.sleep(0.2)
+        return advance(action)
+    monkeypatch.setattr(game.rollout, "advance", slow)
+    body = json.dumps({"player": token, "do": "frame", "action": game.an_action}).encode()
+    with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))     # closing resets it
+        connection.sendall(b"POST / HTTP/1.0\r\nHost: 127.0.0.1:%d\r\nContent-Length: %d\r\n\r\n"
+                           % (server.server_port, len(body)) + body)
+        asked.wait(10)
+    assert ask(server, "POST", body={"player": token, "do": "restart"}).code == 200
+    time.sleep(0.1)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_port_that_is_taken_is_named(game, server):
