@@ -34,7 +34,9 @@ from data import decode, fit, load_batch, open_source, replacing, require, to_ne
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make
-out = "rollout.gif"         # .gif, .mp4, .webm, .png (contact sheet: a row per sample), .npy (uint8 samples t h w c)
+out = "rollout.gif"         # .gif, .mp4, .webm, .png (contact sheet: a row per sample), .npy (uint8 samples t h w c),
+                            # or .pt: no rollout, but the averaged weights alone, for sharing
+precision = "bfloat16"      # of the weights in a .pt file: bfloat16 or float32
 checkpoint = ""             # file to sample from; empty: the newest checkpoint.pt under out/
 frames = 24                 # frames per sample, the given ones included
 samples = 4                 # samples side by side, each from its own clip
@@ -206,7 +208,8 @@ def reconstruct_ema(folder, step, width):
 # Checkpoints.
 
 VERSION = 1                                                 # of checkpoints; a new one when old ones cannot be read
-CHECKPOINT_KEYS = ("version", "step", "settings", "model_config", "stats", "model", "optimizer", "ema", "recent")
+WEIGHT_KEYS = ("version", "step", "settings", "model_config", "stats", "model")          # all that sampling needs
+CHECKPOINT_KEYS = (*WEIGHT_KEYS, "optimizer", "ema", "recent")
 
 
 def load_file(path, keys):
@@ -234,15 +237,24 @@ def newest_checkpoint(root="out"):
 
 
 def load_model(path, width, device):
-    """(model in eval mode, checkpoint) with the weights averaged by `width`, or raw ones for 0."""
-    state = load_file(path, CHECKPOINT_KEYS)
+    """(model in eval mode, checkpoint) with the weights averaged by `width`, or raw ones for 0; a file of weights has
+    only those that it was made with."""
+    state = load_file(path, WEIGHT_KEYS)
     model = Denoiser(ModelConfig(**state["model_config"]))
     weights = state["model"]
-    if width:
+    if width and "ema" in state:
         weights = weights | (state["ema"].get(width) or reconstruct_ema(Path(path).parent, state["step"], width))
     model.load_state_dict(weights)
     model.normalize_weights()                               # an average of vectors on the sphere lies inside it
     return model.eval().requires_grad_(False).to(device), state
+
+
+def save_weights(path, model, state, width, dtype):
+    """Weights for sharing: all that sampling needs, learnt numbers in `dtype`."""
+    weights = model.state_dict() | {name: weight.to(dtype) for name, weight in model.named_parameters()}
+    with replacing(path) as temporary:
+        torch.save({key: state[key] for key in WEIGHT_KEYS} | {"model": weights, "ema_width": width}, temporary)
+    print(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB")
 
 
 def pick_device(name):
@@ -626,7 +638,37 @@ def check_settings(cfg):
         raise UserError(f"--play begins with clips of the data: it cannot be used with --prompt={cfg.prompt}")
     if cfg.context > cfg.frames:
         raise UserError(f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
-    check_extension(cfg.out)
+    if cfg.precision not in ("bfloat16", "float32"):
+        raise UserError(f"--precision={cfg.precision}: choose bfloat16 or float32")
+    if not cfg.out.endswith(".pt"):
+        check_extension(cfg.out)
+
+
+def open_data(cfg, state):
+    """The source that the model was trained on, or its like in another folder, with clips as long as the samples."""
+    settings = SimpleNamespace(**state["settings"] | {"frames": cfg.frames})
+    settings.data_dir = cfg.data_dir or settings.data_dir
+    source = open_source(settings, cfg.split)
+    print(f"given frames: {source.origin}", flush=True)
+    return source
+
+
+def inputs(cfg, model, state):
+    """(the clips that the samples begin with, the actions of all their frames or None)."""
+    if cfg.prompt:
+        clips, actions = read_prompt(cfg.prompt, cfg.context, cfg.samples, model.cfg.frame_shape), None
+        print(f"given frames: frames 1 to {cfg.context} of {cfg.prompt}")
+    else:
+        clips, actions = load_batch(open_data(cfg, state), range(cfg.first_clip, cfg.first_clip + cfg.samples))
+    if cfg.actions:
+        return clips, read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim)
+    if actions is None and model.cfg.action_dim:
+        require(state["settings"]["action_dropout"],
+                f"--prompt={cfg.prompt} has no actions, and this model needs them: give --actions, or train it with "
+                "action_dropout")
+        print("no --actions given: the model is told none")
+        actions = torch.full((cfg.samples, cfg.frames), -1)
+    return clips, actions
 
 
 def main(cfg):
@@ -635,30 +677,17 @@ def main(cfg):
     device = pick_device(cfg.device)
     model, state = load_model(path, cfg.ema, device)
     model.dtype = compute_dtype(device)
-    settings = SimpleNamespace(**state["settings"] | {"frames": cfg.frames})
-    settings.data_dir = cfg.data_dir or settings.data_dir
-    if cfg.prompt:
-        origin, actions = f"frames 1 to {cfg.context} of {cfg.prompt}", None
-        clips = read_prompt(cfg.prompt, cfg.context, cfg.samples, model.cfg.frame_shape)
-    else:
-        source = open_source(settings, cfg.split)
-        origin = source.origin
-        clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
-    weights = f"weights averaged over {cfg.ema:g} of the run" if cfg.ema else "raw weights"
-    print(f"{path}, step {state['step']}, {weights}")
-    print(f"given frames: {origin}")
+    width = state.get("ema_width", cfg.ema)
+    weights = f"weights averaged over {width:g} of the run" if width else "raw weights"
+    print(f"{path}, step {state['step']}, {weights}", flush=True)
+    if cfg.out.endswith(".pt"):
+        return save_weights(cfg.out, model, state, width, getattr(torch, cfg.precision))
     if cfg.context_noise < 0:
-        cfg.context_noise = settings.context_noise / 2
+        cfg.context_noise = state["settings"]["context_noise"] / 2
         print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")
     if cfg.play:
-        return serve(Game(model, source, state["stats"], cfg, rollout_settings(cfg), device), cfg.port)
-    if cfg.actions:
-        actions = read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim)
-    elif cfg.prompt and model.cfg.action_dim:
-        require(settings.action_dropout, f"--prompt={cfg.prompt} has no actions, and this model needs them: give "
-                                         "--actions (with action_dropout in training it would do without)")
-        print("no --actions given: the model is told none")
-        actions = torch.full((cfg.samples, cfg.frames), -1)
+        return serve(Game(model, open_data(cfg, state), state["stats"], cfg, rollout_settings(cfg), device), cfg.port)
+    clips, actions = inputs(cfg, model, state)
     frames = roll_out(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),
                       None if actions is None else actions.to(device), progress=True, stop=(stop := []))
     for number in (signal.SIGINT, signal.SIGTERM):          # what has been made is written; a second one ends at once

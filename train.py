@@ -6,7 +6,9 @@
 Interrupt it when you like: it saves, and the same command goes on from there.
 """
 import contextlib
+import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -30,7 +32,9 @@ from model import Denoiser, ModelConfig
 
 # -- output
 out_dir = "out/mnist"           # checkpoints, log.jsonl and pictures go here
-init_from = "auto"              # auto: resume if out_dir holds a checkpoint; scratch: start anew
+init_from = "auto"              # auto: go on from out_dir's checkpoint, if there is one; changed: also if settings
+                                # differ from that run's; scratch: start anew, where there is none
+tensorboard = False             # write the log for TensorBoard too
 log_interval = 20               # optimizer steps between lines in log.jsonl
 eval_interval = 500             # optimizer steps between evaluations, each with a picture; 0: never
 checkpoint_interval = 500       # optimizer steps between checkpoints
@@ -88,8 +92,8 @@ device = "auto"                 # auto, cpu, cuda, ..
 compile = False                 # torch.compile the network: a minute or more to start, faster steps
 
 FREE_TO_CHANGE = {"init_from", "out_dir", "data_dir", "log_interval", "eval_interval", "checkpoint_interval",
-                  "device", "compile", "accumulate", "max_skipped", "eval_clips", "eval_context", "picture_frames",
-                  "picture_steps"}
+                  "tensorboard", "device", "compile", "accumulate", "max_skipped", "eval_clips", "eval_context",
+                  "picture_frames", "picture_steps"}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -192,8 +196,8 @@ class PowerEMA:
 
     def load(self, averages):
         for width, average in self.averages.items():
-            for name, tensor in average.items():
-                tensor.copy_(averages[width][name])
+            for name, tensor in average.items():            # a width that was not tracked begins with the weights
+                tensor.copy_(averages.get(width, self.parameters)[name])
 
     def halved(self):
         return {width: {name: p.half() for name, p in average.items()} for width, average in self.averages.items()}
@@ -307,6 +311,35 @@ def lines_until(path, step):
                 yield line + "\n"
 
 
+def open_tensorboard(folder):
+    require(importlib.util.find_spec("tensorboard"),
+            "tensorboard=True: TensorBoard is not installed: pip install tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(folder)
+
+
+def draw_log(folder):
+    """log.png: what log.jsonl says, over the steps. Nothing without matplotlib."""
+    if not importlib.util.find_spec("matplotlib"):
+        return
+    from matplotlib.figure import Figure
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    losses, tables = ([entry for entry in entries if key in entry] for key in ("loss", "sigmas"))
+    figure = Figure((13, 7), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True).flat
+    for axis, name in zip(axes[:4], ("loss", "lr", "grad_norm", "frames_per_second")):
+        axis.plot([entry["step"] for entry in losses], [entry[name] for entry in losses], "k-", linewidth=0.8)
+        axis.set(title=name.replace("_", " "), xlabel="step")
+    for column, (axis, title) in enumerate(zip(axes[4:], ("error, first frame", "error, frames with context"))):
+        for i, (sigma, marker) in enumerate(zip(tables[-1]["sigmas"], itertools.cycle("osv^D*x"))):
+            errors = [entry["first_and_later_error"][i][column] for entry in tables]
+            axis.plot([entry["step"] for entry in tables], errors, marker=marker, label=f"sigma {sigma:g}")
+        axis.set(title=title, xlabel="step", yscale="log")
+        axis.legend()
+    with replacing(folder / "log.png") as temporary:
+        figure.savefig(temporary, format="png")
+
+
 # ---------------------------------------------------------------------------------------------------
 # A run: what a checkpoint holds, and where it runs.
 
@@ -314,7 +347,7 @@ def check_settings(cfg):
     """UserError for what would otherwise fail late, or silently do nothing."""
     for name in ("max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval"):
         require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)}: must be at least 1")
-    for name, choices in (("init_from", ("auto", "scratch")), ("decay", ("linear", "sqrt"))):
+    for name, choices in (("init_from", ("auto", "changed", "scratch")), ("decay", ("linear", "sqrt"))):
         require(getattr(cfg, name) in choices, f"{name}={getattr(cfg, name)!r}: choose {' or '.join(choices)}")
     for name in ("frames", "picture_frames"):
         require(getattr(cfg, name) > cfg.eval_context,
@@ -364,6 +397,7 @@ class Run:
         self.network = compiled(self.model) if cfg.compile else self.model
         if self.world_size > 1:
             self.network = DistributedDataParallel(self.network)
+        self.board = open_tensorboard(self.folder) if cfg.tensorboard and self.rank == 0 else None
         self.start_log()
 
     def resume(self, path):
@@ -384,11 +418,17 @@ class Run:
         old, new = state["settings"], vars(self.cfg)
         changed = [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
                    if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
-        require(not changed, f"{path} is of a run with other settings: {'; '.join(changed)}. "
-                             "Choose another out_dir, or repeat the run's settings to go on with it")
-        self.model.load_state_dict(state["model"])
+        require(not changed or self.cfg.init_from == "changed",
+                f"{path} is of a run with other settings: {'; '.join(changed)}. Choose another out_dir, or repeat the "
+                "run's settings to go on with it, or set --init_from=changed to go on with these")
+        try:
+            self.model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise UserError(f"{path} is of another network: {'; '.join(changed)}") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load(state["ema"])
+        if changed and self.rank == 0:
+            print(f"going on with other settings: {'; '.join(changed)}", flush=True)
         self.step, self.recent = state["step"], state["recent"]
         if self.rank == 0:
             print(f"resuming {path} at step {self.step} of {self.cfg.max_steps}", flush=True)
@@ -410,6 +450,9 @@ class Run:
         if self.rank == 0:
             with open(self.folder / "log.jsonl", "a") as file:
                 file.write(json.dumps(finite(entry)) + "\n")
+            for name, value in entry.items() if self.board else ():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, entry["step"])
 
     def save(self):
         """Everything that resuming and sampling need, in checkpoint.pt; every `checkpoint_interval` steps the
@@ -439,6 +482,7 @@ class Run:
             if self.rank == 0:
                 tqdm.write(format_table(self.step, errors, cfg))
                 self.log(step=self.step, sigmas=list(cfg.eval_sigmas), first_and_later_error=errors)
+                draw_log(self.folder)
                 path = self.folder / f"rollout-{self.step:08d}.{'npy' if self.stats.get('latent') else 'png'}"
                 draw_picture(path, self.model, self.held_out, self.stats, cfg, self.device)
 

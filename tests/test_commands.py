@@ -131,7 +131,7 @@ def test_training_leaves_a_checkpoint_a_log_a_picture_and_snapshots(workshop):
     assert done.code == 0, done.err
     assert "done at step 4: out/mnist/checkpoint.pt" in done.out
     assert "step 4: denoising error" in done.out
-    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "checkpoint-previous.pt", "log.jsonl",
+    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "checkpoint-previous.pt", "log.jsonl", "log.png",
                                                     "rollout-00000004.png", "ema-00000002.pt", "ema-00000004.pt"}
     assert load(out)["step"] == 4
 
@@ -216,6 +216,24 @@ def test_raw_averaged_and_rebuilt_weights_all_sample(sampled):
     videos = [np.load(path) for _, path in made.values()]
     for i, video in enumerate(videos):
         assert all((video != other).any() for other in videos[:i])
+
+
+@pytest.mark.parametrize("precision, atol", [("float32", 0), ("bfloat16", 40)])
+def test_weights_alone_sample_like_their_checkpoint(command, sampled, workshop, tmp_path, precision, atol):
+    """A file for sharing is a fraction of the checkpoint, and gives the same rollout: in float32, byte for byte."""
+    out, path = sampled("shared.pt", precision=precision, ema=0.1)
+    whole = workshop[0] / "out/mnist/checkpoint.pt"
+    size = whole.stat().st_size / (5 if precision == "float32" else 10)         # of weights, Adam's two, two averages
+    assert f"{path}: 0." in out and path.stat().st_size < 1.3 * size + 20_000
+    a, b = (np.load(sampled(f"{name}.npy", **changes)[1]) for name, changes in
+            (("a", {"ema": 0.1}), ("b", {"checkpoint": path, "ema": 0.05})))
+    assert np.abs(a.astype(int) - b).mean() <= atol / 10 and (atol or np.array_equal(a, b))
+    assert "weights averaged over 0.1" in sampled("c.npy", checkpoint=path)[0]
+    shutil.copytree(workshop[0] / "out/mnist", tmp_path / "run")
+    shutil.copy(path, tmp_path / "run/checkpoint.pt")
+    (tmp_path / "run/checkpoint-previous.pt").unlink()
+    refused = command(workshop[0], "train.py", *flags(SHORT | {"out_dir": tmp_path / "run"}))
+    assert_refused(refused, "checkpoint.pt", "it has no ema, optimizer, recent")        # nothing to go on training with
 
 
 def test_a_width_that_was_not_tracked_needs_snapshots(command, workshop, tmp_path):

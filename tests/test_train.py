@@ -230,8 +230,9 @@ def test_the_log_is_json_that_begins_with_the_settings_and_has_the_error_table(f
 
 
 def test_each_evaluation_leaves_a_picture(finished):
-    assert sorted(path.name for path in finished.glob("*.png")) == ["rollout-00000030.png", "rollout-00000060.png"]
-    for path in finished.glob("*.png"):
+    names = ["log.png", "rollout-00000030.png", "rollout-00000060.png"]
+    assert sorted(path.name for path in finished.glob("*.png")) == names
+    for path in finished.glob("rollout-*.png"):
         with Image.open(path) as picture:
             picture.load()
             cell = 16 * 2 + 2
@@ -547,17 +548,91 @@ def test_a_run_in_micro_batches_is_the_same_run(tiny, tmp_path, whole_batch):
     assert_close_runs(tmp_path / "parts", whole_batch)
 
 
-def test_two_processes_are_one_with_the_joint_batch(tmp_path, digits, whole_batch):
-    """torchrun on the CPU. The micro-batches of both processes, and their share of the evaluation, count."""
-    settings = TINY | {"data_dir": digits, "out_dir": "pair", "batch_size": 8, "accumulate": 2, "max_steps": 3,
-                       "eval_interval": 3, "eval_clips": 10, "picture_frames": 3}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               str(ROOT / "train.py"), *flags(settings)]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+def torchrun(folder, settings, *options, **env):
+    """A finished `torchrun .. train.py` on the CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(ROOT / "train.py"),
+               *flags(TINY | settings)]
+    return subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, capture_output=True,
                           text=True, timeout=300)
+
+
+@pytest.mark.parametrize("count, accumulate", [(2, 2), (4, 1)])
+def test_several_processes_are_one_with_the_joint_batch(tmp_path, digits, whole_batch, count, accumulate):
+    """The micro-batches of all processes, and their share of the evaluation, count."""
+    done = torchrun(tmp_path, {"data_dir": digits, "out_dir": "many", "batch_size": 8, "accumulate": accumulate,
+                               "max_steps": 3, "eval_interval": 3, "eval_clips": 10, "picture_frames": 3},
+                    f"--nproc_per_node={count}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done at step 3") == 1 and "2 x cpu" in done.stdout
-    assert_close_runs(tmp_path / "pair", whole_batch)
+    assert done.stdout.count("done at step 3") == 1 and f"{count} x cpu" in done.stdout
+    assert_close_runs(tmp_path / "many", whole_batch)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tiny, tmp_path, digits, whole_batch, monkeypatch):
+    settings = dict(batch_size=8, max_steps=3, eval_interval=3, eval_clips=10, picture_frames=3)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 0, signal.SIGTERM)
+        train.main(tiny("many", **settings))
+    done = torchrun(tmp_path, settings | {"data_dir": digits, "out_dir": "many"}, "--nproc_per_node=2")
+    assert done.returncode == 0, done.stderr
+    assert "at step 1 of 3" in done.stdout and "2 x cpu" in done.stdout
+    assert_close_runs(tmp_path / "many", whole_batch)
+
+
+def test_a_killed_process_under_torchrun_is_started_again_and_goes_on(tmp_path, digits):
+    """Rank 1 is killed in its fourth step, once: the launcher starts both anew, from the checkpoint of step 2."""
+    (tmp_path / "sitecustomize.py").write_text("""if __import__("os").environ.get("RANK") == "1":
+    import os, pathlib, signal, sys, threading, time
+    mark, log = pathlib.Path("killed"), pathlib.Path("restarted/log.jsonl")
+    def kill():
+        while not (log.exists() and log.read_text().count("\\n") > 3):
+            time.sleep(0.001)
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if not mark.exists():
+        threading.Thread(target=kill, daemon=True).start()
+""")
+    settings = {"data_dir": digits, "batch_size": 4, "max_steps": 40, "checkpoint_interval": 2}
+    whole = torchrun(tmp_path, settings | {"out_dir": "whole"}, "--nproc_per_node=2")
+    done = torchrun(tmp_path, settings | {"out_dir": "restarted"}, "--nproc_per_node=2", "--max-restarts=3",
+                    PYTHONPATH=str(tmp_path))
+    assert whole.returncode == done.returncode == 0, done.stderr
+    assert (tmp_path / "killed").exists() and "resuming restarted/checkpoint.pt at step" in done.stdout
+    assert_same_run(tmp_path / "restarted", tmp_path / "whole")
+
+
+def test_a_batch_that_is_not_finite_in_one_process_is_skipped_by_both(tmp_path, digits):
+    """A not finite pixel in rank 1's clips of step 1: both processes leave the step out, and stay alike."""
+    (tmp_path / "sitecustomize.py").write_text("""import os
+if os.environ.get("RANK") == "1":
+    import importlib.abc, importlib.machinery, sys
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name != "data":
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            load = spec.loader.exec_module
+            def exec_module(module):
+                load(module)
+                to_network = module.to_network
+                def spoilt(frames, *rest):
+                    x = to_network(frames, *rest)
+                    spoilt.calls += 1
+                    return x * float("nan") if spoilt.calls == 2 else x
+                spoilt.calls = 0
+                module.to_network = spoilt
+            spec.loader.exec_module = exec_module
+            return spec
+    import importlib.util
+    sys.meta_path.insert(0, Finder())
+""")
+    done = torchrun(tmp_path, {"data_dir": digits, "out_dir": "run", "batch_size": 4, "max_steps": 4},
+                    "--nproc_per_node=2", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 1: the gradient norm is nan; the step is skipped (clips 4 to 7)") >= 1
+    state = load(tmp_path / "run")
+    assert state["step"] == 4 and all(value.isfinite().all() for value in state["model"].values())
+    assert [entry["grad_norm"] is None for entry in read_log(tmp_path / "run")[1:]] == [False, True, False, False]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -665,6 +740,48 @@ def test_a_run_is_not_continued_with_other_settings(half_done, key, value):
     differences = message.split("settings", 1)[1]
     assert all(differences.count(part) for part in (key, str(old).strip("()"), str(value).strip("()")))
     assert not any(f"{other} " in differences for other in ("digits", "batch_size", "frames"))
+
+
+def test_a_run_is_continued_with_other_settings_if_that_is_asked_for(half_done, capsys):
+    folder, cfg = half_done
+    state = load(folder)
+    cfg.init_from, cfg.lr, cfg.max_steps, cfg.ema_widths = "changed", 0.005, state["step"] + 1, (0.05, 0.15)
+    train.main(cfg)
+    said = capsys.readouterr().out
+    assert "going on with other settings" in said and "lr was" in said and "ema_widths was" in said
+    after = load(folder)
+    assert after["step"] == state["step"] + 1 and set(after["ema"]) == {0.05, 0.15}
+    assert 0 < weights_moved(after, state) < 0.05 and after["settings"]["lr"] == 0.005
+    cfg.channels = 32
+    assert "another network: " in assert_refused(cfg, folder)
+
+
+def test_the_log_is_drawn(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    with Image.open(finished / "log.png") as picture:
+        assert min(picture.size) > 500 and len(np.unique(picture.convert("L"))) > 50
+    shutil.copy(finished / "log.jsonl", tmp_path)
+    with open(tmp_path / "log.jsonl", "a") as file:         # a loss that was not finite is drawn as a gap
+        file.write('{"step": 66, "loss": null, "grad_norm": null, "lr": 0.1, "frames_per_second": 3.0}\n')
+    train.draw_log(tmp_path)
+    assert (tmp_path / "log.png").exists()
+
+
+def test_the_log_goes_to_tensorboard_too(tiny, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train.main(tiny(max_steps=3, tensorboard=True))
+    events = accumulator.EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    written = [(event.step, event.value) for event in events.Scalars("loss")]
+    logged = [(entry["step"], entry["loss"]) for entry in read_log(tmp_path / "run")[1:]]
+    assert [step for step, _ in written] == [1, 2, 3]
+    np.testing.assert_allclose(written, logged, rtol=1e-6)
+
+
+def test_a_missing_tensorboard_is_named(tiny, monkeypatch):
+    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        train.main(tiny(tensorboard=True))
 
 
 @pytest.mark.parametrize("init_from", ["scratch", "nothing"])
