@@ -589,7 +589,7 @@ def combine(records, share, left_out):
             left_out[record["name"]] = f"{kinds[record['name']]} unlike {kind} of {records[0]['name']}"
     records = [record for record in records if record["name"] not in left_out]
     acted = [record for record in records if record["action_dim"]]
-    require(len({record["discrete"] or record["action_dim"] for record in acted}) < 2,
+    require(len({"discrete" if record["discrete"] else record["action_dim"] for record in acted}) < 2,
             "some clips have discrete actions and others vectors, or vectors of several lengths")
     frames = np.array([record["frames"] for record in records])
     mean, square = (frames @ np.array([record[key] for record in records]) / frames.sum() for key in ("mean", "square"))

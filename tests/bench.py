@@ -34,7 +34,7 @@ from model import (
 from sample import Rollout, compute_dtype, noise_levels, pick_device
 
 # -- what to measure
-tables = ("train", "conv", "attention", "data", "sample")       # any of these
+tables = ("train", "conv", "attention", "data", "sample", "memory")     # any of these
 quick = False                   # fewer rows and repetitions
 out = ""                        # file for the figures, JSON; empty: none
 device = "auto"                 # auto, cpu, cuda, ..
@@ -278,7 +278,15 @@ def attention_table(cfg, device):
 # Table 4: data.
 
 def data_table(cfg, device):
-    source, rows = open_source(cfg, "train"), []
+    rows = []
+    for dataset in sorted({cfg.dataset, "digits", "world"}):
+        rows += data_rows(SimpleNamespace(**vars(cfg) | {"dataset": dataset}), device)
+    print_table(f"Data, batches of {cfg.batch_size} clips, loaded by threads", rows)
+    return rows
+
+
+def data_rows(cfg, device):
+    source = open_source(cfg, "train")
     shape = (cfg.batch_size, source.frames, *source.shape)
     step = video_step(cfg, torch.zeros(cfg.batch_size, *shape[1:]), cfg.noised_copies, device)
     with Batches(source, cfg.batch_size, device) as batches:
@@ -293,10 +301,8 @@ def data_table(cfg, device):
             ready = time.perf_counter()
             step()
             waited, trained = waited + ready - began, trained + time.perf_counter() - ready
-    rows.append({"source": cfg.dataset, "batches/s": 1 / alone, "share of a step spent waiting %":
-                 100 * waited / (waited + trained)})
-    print_table(f"Data, batches of {shape}, loaded by one thread", rows)
-    return rows
+    return [{"source": cfg.dataset, "batches/s": 1 / alone,
+             "share of a step spent waiting %": 100 * waited / (waited + trained)}]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -344,6 +350,23 @@ def sample_table(cfg, device):
     print_table("Rollout of one clip", fps)
     torch.set_grad_enabled(True)
     return rows + fps
+
+
+# ---------------------------------------------------------------------------------------------------
+# Table 6: counted from shapes, for a GPU in bfloat16: the memory of a step, and what processes exchange.
+
+def memory_table(cfg, device):
+    """Per parameter 4 bytes each of weight, gradient, Adam's two and the averages; per clip what a forward pass keeps,
+    counted in float32 on the CPU, which has to hold it, and halved. A tenth of the card stays free."""
+    step = video_step(cfg, torch.zeros(1, cfg.frames, *model_of(cfg).cfg.frame_shape), cfg.noised_copies, CPU)
+    count = sum(p.numel() for p in step.model.parameters())
+    state, kept = 4 * count * (4 + len(cfg.ema_widths)), kept_bytes(step.loss) / 2
+    rows = [{"T": cfg.frames, "R": cfg.noised_copies, "million parameters": count / 1e6, "state MB": state / 1e6,
+             "MB per clip": kept / 1e6, "GFLOP per clip": count_flops(step.loss_and_gradients) / 1e9,
+             **{f"clips in {size} GB": int((0.9e9 * size - state) / kept) for size in (12, 24, 80)},
+             "MB exchanged per step": 8 * count / 1e6}]                     # each gradient sent and received once
+    print_table("Counted: memory of a training step in bfloat16, and the exchange of gradients between processes", rows)
+    return rows
 
 
 def main(cfg):

@@ -425,11 +425,14 @@ def test_the_benchmark_counts_what_the_method_saves(command, tmp_path, workshop)
                    "--device=cpu", "--out=bench.json", f"--data_dir={workshop[0] / 'digits'}")
     assert done.code == 0, done.err
     tables = json.loads((tmp_path / "bench.json").read_text())
-    assert set(tables) == {"train", "conv", "attention", "data", "sample"} and all(tables.values())
+    assert set(tables) == {"train", "conv", "attention", "data", "sample", "memory"} and all(tables.values())
     ratios = {(row["R"], row["T"]): row["FLOPs/image"] for row in tables["train"]}
     assert 2 < ratios[1, 8] < 3 and 1.1 < ratios[4, 8] < 1.6
     for row in tables["attention"]:
         frames, window = row["T"], row["window"]
         seen = sum(2 * min(t, window - 1) + 2 for t in range(frames))
         assert row["hidden pairs %"] == pytest.approx(100 * (1 - seen / (2 * frames) ** 2))
+    (row,) = tables["memory"]                                # Adam's two, two averages, weight and gradient; fp32
+    assert row["state MB"] == pytest.approx(24 * row["million parameters"])
+    assert 0 < row["clips in 12 GB"] < row["clips in 24 GB"] / 2 and row["MB per clip"] > 1
     assert len({row["cache MB"] for row in tables["sample"] if "cache MB" in row}) == 1

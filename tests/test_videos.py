@@ -346,11 +346,12 @@ def test_clips_of_another_kind_than_the_first_are_left_out(here):
     assert "unlike" in prepare(here)["left_out"]["b.npy"]
 
 
-def test_discrete_and_continuous_actions_do_not_mix(here):
+@pytest.mark.parametrize("length", [1, 2])
+def test_discrete_and_continuous_actions_do_not_mix(here, length):
     np.save(here / "src" / "a.npy", numbered(3))
     np.save(here / "src" / "a.actions.npy", np.arange(3))
     np.save(here / "src" / "b.npy", numbered(3))
-    np.save(here / "src" / "b.actions.npy", np.zeros((3, 2)))
+    np.save(here / "src" / "b.actions.npy", np.zeros((3, length)))
     with pytest.raises(UserError, match="discrete actions and others vectors"):
         prepare(here)
 
