@@ -9,12 +9,13 @@ attention. So a noised frame is denoised given its clean past, and all frames of
 """
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------------------
 # Magnitude-preserving operations: unit variance in, unit variance out (EDM2, section 2 and appendix B).
@@ -381,6 +382,7 @@ class ModelConfig:
     temporal_kernel: int = 2                    # frames that a convolution sees, the present one included
     action_dim: int = 0                         # discrete: how many; continuous: vector length; 0: none
     dropout: float = 0.0
+    recompute: bool = False                     # in the backward pass, what blocks computed: less memory, more time
     sigma_data: float = 0.5                     # standard deviation of the frames the network is given
 
     def levels(self):
@@ -448,7 +450,7 @@ class UNet(nn.Module):
     def __init__(self, c_io, cfg):
         super().__init__()
         levels = cfg.levels()
-        c, c_emb = levels[0][0], max(width for width, _ in levels)
+        c, c_emb, self.recompute = levels[0][0], max(width for width, _ in levels), cfg.recompute
 
         def block(c_in, c_out, window, **options):
             return Block(c_in, c_out, c_emb, cfg, window, **options)
@@ -471,18 +473,25 @@ class UNet(nn.Module):
         self.head = MPConv(c_io, c, 3, 3)
         self.head_gain = nn.Parameter(torch.zeros([]))
 
+    def run(self, block, *inputs):
+        """The block's output; with `recompute`, what it computes on the way is forgotten until the backward pass."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def forward(self, x, emb, seq):
         """x: (b s t) c h w, emb: (b s t) e -> (b s t) c h w of the noised copies (with a cache: of all frames)."""
         x = self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
         skips = [x]
         for block in self.encoder:
-            x = block(x, emb, seq)
+            x = self.run(block, x, emb, seq)
             skips.append(x)
         for block in self.middle:
-            x = block(x, emb, seq)
+            x = self.run(block, x, emb, seq)
         for block in self.decoder:
-            seq.noised_only = seq.cache is None and block is self.decoder[-1] and not block.attention
-            x = block(x if block.resample else mp_cat(x, skips.pop()), emb, seq)
+            if seq.cache is None and block is self.decoder[-1] and not block.attention:
+                seq = replace(seq, noised_only=True)
+            x = self.run(block, x if block.resample else mp_cat(x, skips.pop()), emb, seq)
         if seq.cache is None and not seq.noised_only:       # the last block's attention read the clean copy
             x = seq.unfold(x)[:, 1:].flatten(0, 2)
         return self.head(x) * self.head_gain

@@ -480,8 +480,9 @@ class Game:
         if not count:
             return None
         if self.continuous:
-            expected = f"{count} numbers"
-            fits = isinstance(action, list) and len(action) == count and all(type(x) in (int, float) for x in action)
+            expected = f"{count} numbers from -1e6 to 1e6"
+            fits = isinstance(action, list) and len(action) == count and \
+                all(type(x) in (int, float) and abs(x) <= 1e6 for x in action)
         else:
             expected = f"a whole number from 0 to {count - 1}"
             fits = type(action) is int and 0 <= action < count

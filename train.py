@@ -90,10 +90,11 @@ picture_steps = 4               # Euler steps per frame in the pictures
 seed = 0                        # of weights, data and noise
 device = "auto"                 # auto, cpu, cuda, ..
 compile = False                 # torch.compile the network: a minute or more to start, faster steps
+recompute = False               # in the backward pass, what blocks computed: less memory, a quarter more time
 
 FREE_TO_CHANGE = {"init_from", "out_dir", "data_dir", "log_interval", "eval_interval", "checkpoint_interval",
-                  "tensorboard", "device", "compile", "accumulate", "max_skipped", "eval_clips", "eval_context",
-                  "picture_frames", "picture_steps"}
+                  "tensorboard", "device", "compile", "recompute", "accumulate", "max_skipped", "eval_clips",
+                  "eval_context", "picture_frames", "picture_steps"}
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -701,6 +701,28 @@ def test_a_causal_convolution_is_a_convolution_over_each_frames_own_past(frames,
         assert rms(expected_grad) > 0.1
 
 
+@pytest.mark.parametrize("frame_resolutions", [(8,), ()])   # with attention in the last block, and without
+def test_recomputing_in_the_backward_pass_saves_memory_and_changes_nothing(frame_resolutions):
+    def step(recompute):
+        denoiser = network(frame_attn_resolutions=frame_resolutions, dropout=0.3, recompute=recompute)
+        denoiser.requires_grad_().train()
+        kept = {}
+
+        def pack(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+        inputs = training_inputs(denoiser, 2)
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out, u = denoiser(*inputs)
+        (out.square().mean() + u.mean()).backward()
+        return out, [p.grad for p in denoiser.parameters()], sum(kept.values())
+    out, gradients, kept = step(False)
+    again, same_gradients, fewer = step(True)
+    assert torch.equal(out, again) and fewer < 0.6 * kept
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same_gradients, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------
 # The denoiser: EDM's preconditioning, actions, log-variance, precision.
 

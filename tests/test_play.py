@@ -148,6 +148,8 @@ def test_the_memory_of_an_endless_game_does_not_grow(game):
 @pytest.mark.parametrize("body, code, reason", [
     ({"do": "frame", "action": "up"}, 400, "action 'up': expected"), ({"do": "frame", "action": 99}, 400, "99"),
     ({"do": "frame", "action": True}, 400, "True"), ({"do": "frame", "action": [float("inf")]}, 400, "inf"),
+    ({"do": "frame", "action": [10 ** 400, 0]}, 400, "000, 0]: expected"),
+    ({"do": "frame", "action": [float("nan"), 0]}, 400, "nan"),
     ({"do": "frame"}, 400, "None"), ({"do": "jump"}, 400, "frame or restart"), (b"{", 400, "no JSON"),
     (b"[" * 4000, 400, "no JSON"), (b"[1]", 400, "no JSON"), (b"\xff\xfe", 400, "no JSON"), (b"x" * 4097, 413, "4096"),
     ({"do": "frame", "player": "another"}, 409, "taken over"), ({"do": "restart", "player": None}, 409, "taken over"),
@@ -157,7 +159,7 @@ def test_requests_that_make_no_sense_are_refused(game, server, body, code, reaso
         body = {"player": player(server)} | body
     before = game.rollout.cache.position
     answer = ask(server, "POST", body=body)
-    if game.an_action is None and reason in ("action 'up': expected", "99", "True", "inf", "None"):
+    if game.an_action is None and isinstance(body, dict) and body["do"] == "frame" and body["player"] == game.player:
         assert answer.code == 200                           # where there are no actions, none is read
         return
     assert answer.code == code and reason in answer.body.decode() and game.rollout.cache.position == before
