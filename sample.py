@@ -196,9 +196,8 @@ def reconstruct_ema(folder, step, width):
     """Weights averaged with any `width`, from the snapshots that training left in `folder`."""
     snapshots = [load_file(path, ("step", "ema")) for path in sorted(Path(folder).glob("ema-*.pt"))]
     parts = [(s["step"], w, tensors) for s in snapshots for w, tensors in s["ema"].items() if s["step"] <= step]
-    if len(parts) < 2:
-        raise UserError(f"--ema={width} is rebuilt from the snapshots ema-*.pt beside the checkpoint; "
-                        f"{folder} has {len(snapshots)}: use a width that the run tracked, or 0 for raw weights")
+    require(len(parts) > 1, f"--ema={width} is rebuilt from the snapshots ema-*.pt beside the checkpoint; {folder} has "
+                            f"{len(snapshots)}: use a width that the run tracked, or 0 for raw weights")
     amounts = reconstruction([p[0] for p in parts], [p[1] for p in parts], step, width)
     return {name: sum(float(a) * tensors[name].float() for a, (_, _, tensors) in zip(amounts, parts, strict=True))
             for name in parts[0][2]}
@@ -221,18 +220,16 @@ def load_file(path, keys):
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read ({reason}): it is damaged, or no checkpoint of this program") from error
-    if isinstance(state, dict) and state.get("version", VERSION) != VERSION:
-        raise UserError(f"{path} is of version {state['version']} of checkpoints; this program reads {VERSION}")
-    missing = set(keys) - set(state if isinstance(state, dict) else ())
-    if missing:
-        raise UserError(f"{path} is no checkpoint of this program: it has no {', '.join(sorted(missing))}")
+    state = state if isinstance(state, dict) else {}
+    version, missing = state.get("version", VERSION), set(keys) - set(state)
+    require(version == VERSION, f"{path} is of version {version} of checkpoints; this program reads {VERSION}")
+    require(not missing, f"{path} is no checkpoint of this program: it has no {', '.join(sorted(missing))}")
     return state
 
 
 def newest_checkpoint(root="out"):
     found = sorted(Path(root).glob("**/checkpoint.pt"), key=os.path.getmtime)
-    if not found:
-        raise UserError(f"no checkpoint under {root}/: train one first, python train.py config/mnist.py")
+    require(found, f"no checkpoint under {root}/: train one first, python train.py config/mnist.py")
     return found[-1]
 
 
@@ -283,8 +280,8 @@ def bordered(frames, given, scale):
     edge = max(1, scale // 2)
     for t, frame in enumerate(frames):
         n, channels, h, w = frame.shape
-        if channels not in (1, 3) or frame.dtype != np.uint8:
-            raise UserError(f"{frame.dtype} frames of {channels} channels are no pictures: use --out=NAME.npy")
+        require(channels in (1, 3) and frame.dtype == np.uint8,
+                f"{frame.dtype} frames of {channels} channels are no pictures: use --out=NAME.npy")
         pictures = np.empty((n, h * scale + 2 * edge, w * scale + 2 * edge, 3), np.uint8)
         pictures[:] = GIVEN_COLOUR if t < given else MADE_COLOUR
         pixels = rearrange(frame, "n c h w -> n h w c").repeat(scale, axis=1).repeat(scale, axis=2)
@@ -338,10 +335,10 @@ WRITERS = {".gif": write_gif, ".png": write_sheet, ".npy": write_array,
 
 
 def check_extension(path):
-    if Path(path).suffix not in WRITERS:
-        raise UserError(f"--out={path}: the extension must be one of {', '.join(WRITERS)}")
-    if Path(path).suffix in (".mp4", ".webm") and not importlib.util.find_spec("av"):
-        raise UserError(f"--out={path}: films are written by PyAV, which is not installed: pip install av")
+    kind = Path(path).suffix
+    require(kind in WRITERS, f"--out={path}: the extension must be one of {', '.join(WRITERS)}, or .pt")
+    require(kind not in (".mp4", ".webm") or importlib.util.find_spec("av"),
+            f"--out={path}: films are written by PyAV, which is not installed: pip install av")
 
 
 def write(path, frames, given=0, scale=4, fps=10):
@@ -446,8 +443,7 @@ class Game:
 
     def __init__(self, model, source, stats, cfg, settings, device):
         self.model, self.source, self.stats, self.cfg, self.settings = model, source, stats, cfg, settings
-        if stats.get("latent"):
-            raise UserError("--play shows pictures, and this model makes latents")
+        require(not stats.get("latent"), "--play shows pictures, and this model makes latents")
         self.device, self.lock = device, threading.Lock()
         self.player, self.seen, self.number = None, -math.inf, cfg.first_clip
         self.last = collections.deque(maxlen=300)           # frames that a GIF shows
@@ -584,8 +580,7 @@ def serve(game, port):
 def read_prompt(path, count, samples, shape):
     """The first `count` frames of a file, in the model's shape, for every sample: uint8 b t c h w."""
     frames = [frame for _, frame in itertools.islice(decode(path), count)]
-    if len(frames) < count:
-        raise UserError(f"{path} has {len(frames)} frames: give --context={len(frames)} or less")
+    require(len(frames) == count, f"{path} has {len(frames)} frames: give --context={len(frames)} or less")
     _, height, width = shape
     if count and frames[0].shape[:2] != (height, width):
         print(f"{path}: {frames[0].shape[1]} x {frames[0].shape[0]} pixels, cropped and resized to {width} x {height}")
@@ -595,18 +590,17 @@ def read_prompt(path, count, samples, shape):
 
 def read_actions(text, frames, samples, action_dim):
     """The action of every frame, from a .npy file or as in 0,2,1, for every sample: b t whole numbers or b t a."""
-    if not action_dim:
-        raise UserError(f"--actions={text}: this model was trained without actions")
+    require(action_dim, f"--actions={text}: this model was trained without actions")
     try:
         array = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array(text.split(","), int)
     except (OSError, ValueError) as error:
         raise UserError(f"--actions={text}: expected whole numbers, as in 0,2,1, or a .npy file ({error})") from None
     discrete = array.dtype.kind in "iu"
     expected = (frames,) if discrete else (frames, action_dim)
-    if array.shape != expected:
-        raise UserError(f"--actions={text}: {array.shape} actions for --frames={frames}, expected {expected}")
-    if discrete and not (0 <= array.min() and array.max() < action_dim):
-        raise UserError(f"--actions={text}: {array.min()} to {array.max()}; this model knows 0 to {action_dim - 1}")
+    require(array.shape == expected,
+            f"--actions={text}: {array.shape} actions for --frames={frames}, expected {expected}")
+    require(not discrete or 0 <= array.min() and array.max() < action_dim,
+            f"--actions={text}: {array.min()} to {array.max()}; this model knows 0 to {action_dim - 1}")
     array = torch.from_numpy(array.astype(np.int64 if discrete else np.float32))
     return array.expand(samples, *array.shape)
 
@@ -622,25 +616,19 @@ def check_settings(cfg):
     """UserError before any work is done."""
     for name, least in (("frames", 1), ("samples", 1), ("context", 0), ("first_clip", 0), ("steps", 1), ("seed", 0),
                         ("fps", 1), ("scale", 1), ("churn", 0), ("context_noise", -1)):
-        if getattr(cfg, name) < least:
-            raise UserError(f"--{name}={getattr(cfg, name)}: must be at least {least}")
-    if not 0 < cfg.sigma_min < cfg.sigma_max or cfg.rho <= 0:
-        raise UserError(f"--sigma_min={cfg.sigma_min} --sigma_max={cfg.sigma_max} --rho={cfg.rho}: must be above 0, "
-                        "and sigma_min below sigma_max")
-    if cfg.solver not in ("euler", "heun"):
-        raise UserError(f"--solver={cfg.solver}: choose euler or heun")
-    if not 0 <= cfg.ema <= 0.25:
-        raise UserError(f"--ema={cfg.ema}: a width is above 0 and at most 0.25; 0 takes the raw weights")
-    if cfg.prompt and cfg.truth:
-        raise UserError("--truth shows how a clip of the data goes on: it cannot be used with --prompt")
-    if cfg.prompt and cfg.context < 1:
-        raise UserError(f"--prompt={cfg.prompt} with --context={cfg.context}: give how many of its frames to take")
-    if cfg.prompt and cfg.play:
-        raise UserError(f"--play begins with clips of the data: it cannot be used with --prompt={cfg.prompt}")
-    if cfg.context > cfg.frames:
-        raise UserError(f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
-    if cfg.precision not in ("bfloat16", "float32"):
-        raise UserError(f"--precision={cfg.precision}: choose bfloat16 or float32")
+        require(getattr(cfg, name) >= least, f"--{name}={getattr(cfg, name)}: must be at least {least}")
+    for name, choices in (("solver", ("euler", "heun")), ("precision", ("bfloat16", "float32"))):
+        require(getattr(cfg, name) in choices, f"--{name}={getattr(cfg, name)}: choose {' or '.join(choices)}")
+    require(0 < cfg.sigma_min < cfg.sigma_max and cfg.rho > 0,
+            f"--sigma_min={cfg.sigma_min} --sigma_max={cfg.sigma_max} --rho={cfg.rho}: must be above 0, and sigma_min "
+            "below sigma_max")
+    require(0 <= cfg.ema <= 0.25, f"--ema={cfg.ema}: a width is above 0 and at most 0.25; 0 takes the raw weights")
+    require(not (cfg.prompt and (cfg.truth or cfg.play)),
+            f"--truth and --play need clips of the data: they cannot be used with --prompt={cfg.prompt}")
+    require(not cfg.prompt or cfg.context > 0,
+            f"--prompt={cfg.prompt} with --context={cfg.context}: give how many of its frames to take")
+    require(cfg.context <= cfg.frames,
+            f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
     if not cfg.out.endswith(".pt"):
         check_extension(cfg.out)
 

@@ -313,5 +313,5 @@ def test_a_browser_plays(playing, browser, tmp_path):
 
 def test_nothing_is_played_without_data_or_from_a_prompt():
     cfg = SimpleNamespace(**plain_settings(vars(sample)) | {"play": True, "prompt": "a.gif"})
-    with pytest.raises(UserError, match="--play begins with clips of the data"):
+    with pytest.raises(UserError, match="--truth and --play need clips of the data"):
         sample.check_settings(cfg)
