@@ -7,16 +7,16 @@ out_dir = "out/world"
 dataset = "world"
 frames, frame_size = 16, 32
 canvas_size, digits, digit_size = 64, 9, 16
-speed = (4.0, 4.0)              # a move is one patch: four pixels
+speed = (4.0, 4.0)              # a move is two patches: four pixels
 
-patch_size = 4
-channels, channel_mults, blocks_per_level = 32, (1, 2), 1
+patch_size = 2
+channels, channel_mults, blocks_per_level = 16, (1, 2, 4), 1
 video_attn_resolutions, window = (4,), 12
 temporal_kernel = 2
 
 P_mean, P_std = 0.0, 1.5
 context_noise = 0.1
 
-batch_size, max_steps = 4, 3600
+batch_size, max_steps = 4, 2800
 lr, warmup_steps, decay = 0.06, 100, "linear"
-eval_interval, checkpoint_interval = 900, 450
+eval_interval, checkpoint_interval = 700, 350
