@@ -1,0 +1,349 @@
+"""Compares ways to train: the same network, data, optimizer and compute under older regimes (tests/regimes.py).
+
+    python tests/compare.py --plot=compare.png                                      # sample efficiency, on digits
+    python tests/compare.py config/world.py --regimes=ours,stack1,stack4 --out=out/memory    # memory, in a world
+    python tests/compare.py --protocol --checkpoint=out/two/checkpoint.pt           # Moving MNIST, 10 frames given 10
+
+The yardstick is `gflop`, the counted operations of a training run; seconds are recorded too. Every regime is then asked
+for the same: frames denoised given their clean past, and the continuation of given frames. Context noise is 0 for all.
+An entry that is finished is a file in `out`, and is not done again.
+"""
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from bench import count_flops
+from regimes import REGIMES, WholeClip
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import sample
+import train
+from config import UserError, plain_settings, read_file, run
+from data import Batches, CanvasWorld, load_batch, measure, open_source, replacing, require, to_network, to_pixels
+from model import ModelConfig
+
+# -- what to compare
+data_dir = "data/mnist"         # folder of the MNIST files
+regimes = ("ours", "ours4", "last", "stack1", "stack4", "whole", "independent")     # any of these
+gflop = 10800.0                 # counted operations of each training run, 1e9; 800 steps of ours
+shorter = (0.5, 0.25, 0.125)    # shares of it that ours is trained for too, its learning rate decaying in time
+points = 6                      # evaluations per run, each at twice the compute of the one before
+memory_frames = 24              # of a world: frames per held-out clip, more than `window`
+out = "out/compare"             # folder of the results, one JSON file per entry
+plot = ""                       # picture of error against compute, by matplotlib; empty: none
+# -- the standard evaluation of a checkpoint
+protocol = False                # Moving MNIST's, instead of training: 10 frames given, 10 predicted
+checkpoint = ""                 # file to evaluate; empty: the newest checkpoint.pt under out/
+clips = 256                     # held-out clips
+samples = 10                    # samples per clip, for their mean and the best of them
+
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULTS = dict(vars(train)) | read_file(str(ROOT / "config/mnist.py"))
+SAMPLER = {"levels": sample.noise_levels(4, 0.1, 40, 7), "seed": 0}
+
+
+# ---------------------------------------------------------------------------------------------------
+# An entry: a regime trained for the budget, evaluated on the way.
+
+def build(name, cfg, source):
+    _, network, _ = REGIMES[name]
+    fields = {field: getattr(cfg, field) for field in ModelConfig.__dataclass_fields__ if hasattr(cfg, field)}
+    return network(ModelConfig(**fields, frame_shape=tuple(source.shape), action_dim=source.action_dim))
+
+
+def clip_flops(name, cfg, source):
+    """Operations of the loss and its gradients for one clip, counted on a CPU."""
+    model, (frames, actions) = build(name, cfg, source), load_batch(source, range(1))
+    noise = train.draw_noise([0], cfg.noised_copies, frames.shape[1:], cfg, torch.device("cpu"))
+    return count_flops(lambda: model.loss(frames.float() / 255, actions, noise, cfg).backward())
+
+
+def train_entry(name, cfg, device):
+    """{curve: [an evaluation each], ..}, trained for cfg.gflop."""
+    title, _, changes = REGIMES[name]
+    cfg = SimpleNamespace(**vars(cfg) | changes | {"context_noise": 0.0})       # stacking could not be told of it
+    source, held_out = open_source(cfg, "train"), open_source(cfg, "val")
+    stats, step_gflop = measure(source), clip_flops(name, cfg, source) * cfg.batch_size / 1e9
+    cfg.max_steps = max(1, round(cfg.gflop / step_gflop))
+    torch.manual_seed(cfg.seed)
+    model = build(name, cfg, source).to(device)
+    model.dtype = sample.compute_dtype(device)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
+    ema, seconds, curve = train.PowerEMA(model, cfg.ema_widths[:1]), 0.0, []
+    supervised = cfg.batch_size * cfg.noised_copies * (1 if name == "last" else source.frames)
+    due = {max(1, cfg.max_steps >> i) for i in range(cfg.points)}
+    with Batches(source, cfg.batch_size, device) as batches:
+        for step in tqdm(range(1, cfg.max_steps + 1), desc=title, disable=None):
+            began = time.perf_counter()
+            numbers, frames, actions = next(batches)
+            frames = to_network(frames, stats, cfg.sigma_data)
+            noise = train.draw_noise(numbers, cfg.noised_copies, frames.shape[1:], cfg, device)
+            model.loss(frames, actions, noise, cfg).backward()
+            train.optimizer_step(model, optimizer, step - 1, cfg)               # its gradient norm waits for the GPU
+            ema.update(step)
+            seconds += time.perf_counter() - began
+            if step in due:
+                with train.averaged_weights(model, ema.averages[cfg.ema_widths[0]]):
+                    errors = evaluate(model, held_out, stats, cfg, device)
+                curve.append({"step": step, "gflop": step * step_gflop, "seconds": seconds,
+                              "supervised_frames": step * supervised, **errors})
+                tqdm.write(f"{title}: {json.dumps(curve[-1])}")
+    with train.averaged_weights(model, ema.averages[cfg.ema_widths[0]]), torch.no_grad():
+        model.past_sigma = curve[-1]["past_sigma"]
+        final = memory(model, stats, cfg, device) if cfg.dataset == "world" else \
+            {"rollout": rollout_error(model, held_out, stats, cfg, device)}
+    return {"regime": name, "title": title, "budget": cfg.gflop, "batch_size": cfg.batch_size, "lr": cfg.lr,
+            "sigmas": list(cfg.eval_sigmas), "origin": source.origin, "curve": curve, **final}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Experiment 1, sample efficiency: denoising error given the clean past, and error of the continuation.
+
+def mean_error(errors):
+    """Geometric: each noise level counts alike. inf if the run diverged."""
+    errors = np.array(errors, float)                        # a file has null for what is not finite
+    return float(np.exp(np.mean(np.log(errors)))) if np.isfinite(errors).all() else math.inf
+
+
+@torch.no_grad()
+def evaluate(model, held_out, stats, cfg, device):
+    """Errors over the data variance per noise level, of frames with `eval_context` or more before them; for regimes
+    that never saw a clean past also in their own way, all frames at one level."""
+    def errors(training=False, told=0.0):
+        model.train(training).past_sigma = told
+        return [later for _, later in train.error_table(model, held_out, stats, cfg, device)]
+    own_way = {"own_way": errors(training=True)} if len(model.told) > 1 else {}
+    by_told = {told: errors(told=told) for told in model.told}
+    best = min(by_told, key=lambda told: mean_error(by_told[told]))
+    return {"error": by_told[best], "past_sigma": best, **own_way}
+
+
+def rollout_error(model, held_out, stats, cfg, device):
+    """Squared error over the data variance of each frame after the first `eval_context`, against the true one."""
+    clips, actions = load_batch(held_out, range(cfg.eval_clips))
+    clips, actions = clips.to(device), None if actions is None else actions.to(device)
+    given, truth = cfg.eval_context, to_network(clips, stats, cfg.sigma_data)
+    if isinstance(model, WholeClip):
+        made = to_pixels(model.go_on(truth[:, :given], clips.shape[1], actions, **SAMPLER), stats, cfg.sigma_data)
+    else:
+        frames = sample.roll_out(model, clips, given, clips.shape[1], stats, SAMPLER, actions)
+        made = torch.from_numpy(np.stack(list(frames), axis=1)).to(device)[:, given:]
+    error = (to_network(made, stats, cfg.sigma_data) - truth[:, given:]).square().mean(dim=(0, 2, 3, 4))
+    return (error / cfg.sigma_data ** 2).tolist()
+
+
+def compute_to_reach(error, curves):
+    """GFLOP at which the first of the curves comes down to the error, between points by a straight line in logarithms;
+    inf: none does. The second value says that it was there at the first point already."""
+    reached = [(math.inf, False)]
+    for curve in curves:
+        gflops, errors = [point["gflop"] for point in curve], [mean_error(point["error"]) for point in curve]
+        for i, value in enumerate(errors):
+            if value <= error:
+                share = (math.log(errors[i - 1] / error) / math.log(errors[i - 1] / value)) if i else 1
+                before = gflops[i - 1] if i else gflops[i]
+                reached.append((before * (gflops[i] / before) ** share, i == 0))
+                break
+    return min(reached)
+
+
+def efficiency_rows(entries):
+    """Rows of the Markdown table, the header first."""
+    sigmas = [f"{sigma:g}" for sigma in entries[0]["sigmas"]]
+    rows = [["regime", "clips/step", "steps", "frames supervised", "GFLOP", "minutes", *sigmas, "mean", "rollout",
+             "ours needs"]]
+    ours = [entry["curve"] for entry in entries if entry["regime"] == "ours"]
+    for entry in entries:
+        end = entry["curve"][-1]
+        gflop, at_first = compute_to_reach(mean_error(end["error"]), ours)
+        needs = "never there" if gflop == math.inf else f"{'< ' if at_first else ''}1/{end['gflop'] / gflop:.3g}"
+        rows.append([entry["title"], entry["batch_size"], end["step"], end["supervised_frames"], f"{end['gflop']:.0f}",
+                     f"{end['seconds'] / 60:.1f}",
+                     *figures([*end["error"], mean_error(end["error"]), np.mean(np.array(entry["rollout"], float))]),
+                     "" if entry["regime"] == "ours" else needs])
+        if "own_way" in end:
+            rows.append([f"... all frames at one level ({entry['title']})", *[""] * 5,
+                         *figures([*end["own_way"], mean_error(end["own_way"])]), "", ""])
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# Experiment 2, memory: what was last in view g frames ago, denoised at a level of noise that leaves only the past.
+
+GAPS = ((1, 1), (2, 2), (3, 3), (4, 4), (5, 6), (7, 8), (9, 11), (12, 15), (16, 23), (0, 0))
+
+
+class Places(CanvasWorld):
+    """The same walks over a canvas that shows each pixel's number."""
+
+    def canvas(self, rng):
+        return np.arange(super().canvas(rng).size).reshape(2 * [self.cfg.canvas_size])
+
+
+def gaps(places):
+    """Frames since each pixel of the canvas was last in view, 0: never. places: t h w -> t h w."""
+    last, result = np.full(places.max() + 1, -1), []
+    for t, seen in enumerate(places):
+        result.append(np.where(last[seen] < 0, 0, t - last[seen]))
+        last[seen] = t
+    return np.stack(result)
+
+
+def memory(model, stats, cfg, device, sigma=10.0):
+    """{who: errors over the data variance for each of `GAPS`}: the model's, of a copy of the last frame, of black."""
+    cfg = SimpleNamespace(**vars(cfg) | {"frames": cfg.memory_frames})
+    frames, actions = load_batch(open_source(cfg, "val"), range(cfg.eval_clips))
+    gap = np.stack([gaps(Places(cfg, "val").clip(i)[0][:, 0]) for i in range(cfg.eval_clips)])[:, 1:]
+    clips = to_network(frames.to(device), stats, cfg.sigma_data)
+    noise = [torch.randn(clip.shape, generator=sample.seeded(device, cfg.seed, i, 1), device=device)
+             for i, clip in enumerate(clips)]
+    levels = torch.full((len(clips), 1, clips.shape[1]), sigma, device=device)
+    answers = {"copy of the last frame": clips[:, :-1], "black": clips.amin().expand_as(clips)[:, 1:],
+               "error": model(*train.clean_and_noised(clips, levels, torch.stack(noise)[:, None]),
+                              actions.to(device))[0][:, 0, 1:]}
+    errors = {who: ((answer - clips[:, 1:]) ** 2 / cfg.sigma_data ** 2)[:, :, 0].cpu().numpy()
+              for who, answer in answers.items()}
+    groups = [(gap >= low) & (gap <= high) for low, high in GAPS]
+    return {"memory": {who: [float(error[group].mean()) if group.any() else math.nan for group in groups]
+                       for who, error in errors.items()}}
+
+
+def memory_rows(entries):
+    names = [f"{low}" if low == high else f"{low} to {high}" for low, high in GAPS[:-1]]
+    lines = {who: entries[0]["memory"][who] for who in ("copy of the last frame", "black")}
+    lines |= {entry["title"]: entry["memory"]["error"] for entry in entries}
+    return [["last seen, frames ago", *names, "never"], *([who, *figures(line)] for who, line in lines.items())]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Experiment 4, the protocol of Moving MNIST. Frames in [0, 1], n t h w; each frame is measured, then frames averaged.
+
+def gaussian_filter(x, size=11, sigma=1.5):
+    """x .. h w, without its border."""
+    taps = np.exp(-0.5 * ((np.arange(size) - size // 2) / sigma) ** 2)
+    for axis in (-1, -2):
+        x = np.lib.stride_tricks.sliding_window_view(x, size, axis) @ (taps / taps.sum())
+    return x
+
+
+def ssim(x, y):
+    """Structural similarity as Wang et al. 2004 define it: Gaussian window of 11 x 11, sigma 1.5, wherever it lies
+    within the frame; K 0.01 and 0.03. .. h w -> .."""
+    mean_x, mean_y = gaussian_filter(x), gaussian_filter(y)
+    var_x, var_y = gaussian_filter(x * x) - mean_x ** 2, gaussian_filter(y * y) - mean_y ** 2
+    covariance = gaussian_filter(x * y) - mean_x * mean_y
+    similarity = (2 * mean_x * mean_y + 1e-4) * (2 * covariance + 9e-4) / \
+        ((mean_x ** 2 + mean_y ** 2 + 1e-4) * (var_x + var_y + 9e-4))
+    return similarity.mean((-1, -2))
+
+
+def frame_metrics(x, y):
+    """{metric: n}, averaged over frames. MSE and MAE are sums over pixels; PSNR in dB, at most 100."""
+    square = ((x - y) ** 2).mean((-1, -2))
+    per_frame = {"MSE": square * x[0, 0].size, "MAE": np.abs(x - y).sum((-1, -2)), "SSIM": ssim(x, y),
+                 "PSNR": -10 * np.log10(square.clip(1e-10))}
+    return {name: value.mean(1) for name, value in per_frame.items()}
+
+
+def protocol_rows(made, truth):
+    """Table rows for made s n t h w, of which sample 0 is 'one sample'."""
+    each = [frame_metrics(sample_s, truth) for sample_s in made]
+    best = np.argmin([metrics["MSE"] for metrics in each], axis=0)
+    ways = {"one sample": each[0], f"mean of {len(made)} samples": frame_metrics(made.mean(0), truth),
+            f"best of {len(made)}, by MSE": {name: np.choose(best, [m[name] for m in each]) for name in each[0]}}
+    return [["", *each[0]], *([way, *(f"{value.mean():.4g}" for value in figures.values())]
+                              for way, figures in ways.items())]
+
+
+def evaluate_protocol(cfg, device, given=10, predicted=10):
+    path = cfg.checkpoint or sample.newest_checkpoint()
+    model, state = sample.load_model(path, DEFAULTS["ema_widths"][0], device)
+    model.dtype = sample.compute_dtype(device)
+    settings = SimpleNamespace(**state["settings"] | {"frames": given + predicted})
+    require(settings.dataset == "digits", f"{path} was trained on {settings.dataset}: the protocol is for digits")
+    settings.data_dir = cfg.data_dir
+    source = open_source(settings, "val")
+    clips, made = load_batch(source, range(cfg.clips))[0], []
+    for seed in tqdm(range(cfg.samples), desc="samples", disable=None):
+        how = SAMPLER | {"seed": seed, "context_noise": settings.context_noise / 2}
+        frames = sample.roll_out(model, clips.to(device), given, given + predicted, state["stats"], how)
+        made.append(np.stack(list(frames)[given:], axis=1)[:, :, 0] / 255)
+    print(f"{path}, step {state['step']}: {cfg.clips} held-out clips, {given} frames given and {predicted} predicted, "
+          f"{settings.digits} digits in {settings.frame_size} x {settings.frame_size} pixels; {source.origin}")
+    if (settings.digits, settings.frame_size) != (2, 64):
+        print("published figures are for two digits in 64 x 64 pixels: these are not to be put beside them")
+    print_markdown(protocol_rows(np.stack(made), clips[:, given:, 0].numpy() / 255))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tables and pictures, from the files.
+
+def figures(values):
+    return [f"{value:.3f}" for value in np.array(values, float)]
+
+
+def print_markdown(rows):
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    print("\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]), flush=True)
+
+
+def draw(path, entries):
+    """Error against compute and against supervised frames; regimes are told apart by marker and line style too."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+    for i, entry in enumerate(entries):
+        look = {"marker": "osD^v*XP<>"[i % 10], "linestyle": ["-", "--", ":", "-."][i % 4]}
+        errors = [mean_error(point["error"]) for point in entry["curve"]]
+        for axis, key in zip(axes, ("gflop", "supervised_frames")):
+            axis.plot([point[key] for point in entry["curve"]], errors, label=entry["title"], **look)
+    for axis, label in zip(axes, ("training compute (GFLOP, counted)", "frames supervised")):
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel("held-out denoising error given the clean past\n(share of data variance, geometric mean)")
+    axes[0].legend(fontsize=8)
+    with replacing(path) as temporary:
+        plt.savefig(temporary, format="png", dpi=110)
+
+
+def finished_entry(name, cfg, device):
+    """From its file, or trained now."""
+    path = Path(cfg.out, f"{cfg.dataset}-{name}-{cfg.gflop:g}.json")
+    asked = {key: getattr(cfg, key) for key in sorted({*plain_settings(DEFAULTS), "points"} - train.FREE_TO_CHANGE)}
+    if not path.exists():
+        result = train.finite(train_entry(name, cfg, device) | {"settings": asked})
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(result, indent=1))
+    entry = json.loads(path.read_text())
+    changed = [key for key, value in json.loads(json.dumps(asked)).items() if entry["settings"].get(key) != value]
+    require(not changed, f"{path} was made with other settings ({', '.join(changed)}): choose another --out")
+    return entry
+
+
+def main(cfg):
+    device = sample.pick_device(cfg.device)
+    if cfg.protocol:
+        return evaluate_protocol(cfg, device)
+    require(set(cfg.regimes) <= set(REGIMES), f"--regimes={','.join(cfg.regimes)}: choose from {', '.join(REGIMES)}")
+    entries = [finished_entry(name, cfg, device) for name in cfg.regimes]
+    if "ours" in cfg.regimes and cfg.dataset == "digits":
+        entries += [finished_entry("ours", SimpleNamespace(**vars(cfg) | {"gflop": share * cfg.gflop}), device)
+                    for share in cfg.shorter]
+    print_markdown((memory_rows if cfg.dataset == "world" else efficiency_rows)(entries))
+    if cfg.plot:
+        draw(cfg.plot, entries)
+
+
+if __name__ == "__main__":
+    run(main, DEFAULTS | globals())

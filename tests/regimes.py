@@ -1,0 +1,220 @@
+"""The older ways to train that tests/compare.py compares ours with: the same network, with other passes.
+
+In training mode `forward` is the regime's own pass; in eval mode it denoises every frame given its clean past, as ours
+does. Both take what train.clean_and_noised returns: x b (1 + r) t c h w, copy 0 clean, and sigma b (1 + r) t.
+Two regimes never saw a clean past in training: it is told to them with a noise level, of `TOLD`, that serves them.
+"""
+import itertools
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+import sample
+import train
+from model import Attention, Block, Cache, CausalConv, Denoiser, MPConv, Sequence, border_gain, rotate
+
+TOLD = (0.0, 0.05, 0.1, 0.2)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Ours, and what all share.
+
+ONE_COPY = Cache()              # in a Sequence: all its frames are wanted back, and nothing is to be remembered
+
+
+class Ours(Denoiser):
+    told, past_sigma = (0.0,), 0.0                          # noise levels that the past can be told to have; the chosen
+
+    def loss(self, clips, actions, noise, cfg):
+        return train.loss_of(self, clips, actions, noise, cfg)
+
+    def one_copy(self, x, sigma, actions):
+        """Every copy by itself, noised or not. x: b r t c h w; sigma: b r t -> D: b r t c h w."""
+        r, t = x.shape[1:3]
+        actions = None if actions is None else actions.repeat_interleave(r, 0)
+        x, sigma = (rearrange(z, "b r t ... -> (b r) 1 t ...") for z in (x, sigma))
+        return rearrange(self.denoise(x, sigma, actions, Sequence(1, t, ONE_COPY)), "(b r) 1 ... -> b r ...", r=r)
+
+
+def replace_layers(model, kinds):
+    """The model's layers of the types in `kinds` become subclasses, which keep their weights."""
+    for module in model.modules():
+        module.__class__ = kinds.get(type(module), type(module))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Independent noise (Diffusion Forcing, Chen et al. 2024): frames see the noised frames before them. Last frame only:
+# the same pass, its past clean. What the last frame does not need behind the last attention is not computed.
+
+def without_cache(seq):
+    return Sequence(1, seq.frames) if seq.cache is ONE_COPY else seq
+
+
+class OneCopyConv(CausalConv):
+    def forward(self, x, scale, seq, gain=1.0):
+        return super().forward(x, scale, without_cache(seq), gain)
+
+
+class OneCopyAttention(Attention):
+    def attend(self, qkv, seq):
+        return super().attend(qkv, without_cache(seq))
+
+
+class Independent(Ours):
+    told = TOLD
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        replace_layers(self, {CausalConv: OneCopyConv, Attention: OneCopyAttention})
+
+    def forward(self, x, sigma, actions=None):
+        if self.training:
+            return self.one_copy(x[:, 1:], sigma[:, 1:], actions), self.log_variance(sigma[:, 1:])
+        past_sigma = torch.full_like(sigma[:, :1], self.past_sigma)
+        return super().forward(x, torch.cat([past_sigma, sigma[:, 1:]], dim=1), actions)
+
+    def step(self, x, sigma, cache, actions=None, commit=False):
+        return super().step(x, sigma.clamp(min=self.past_sigma) if commit else sigma, cache, actions, commit)
+
+
+class TailBlock(Block):
+    """A block behind the last attention, of which only the last `wanted` frames are read; the others become zeros."""
+
+    def forward(self, x, emb, seq):
+        if seq.cache is not ONE_COPY:
+            return super().forward(x, emb, seq)
+        n = min(seq.frames, self.wanted + self.residual.conv0.kernel - 1)
+        x, emb = (rearrange(z, "(b t) ... -> b t ...", t=seq.frames)[:, -n:].flatten(0, 1) for z in (x, emb))
+        y = rearrange(super().forward(x, emb, Sequence(1, n, ONE_COPY)), "(b t) ... -> b t ...", t=n)
+        return F.pad(y, (0, 0, 0, 0, 0, 0, seq.frames - n, 0)).flatten(0, 1)
+
+
+class LastFrame(Ours):
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        replace_layers(self, {CausalConv: OneCopyConv, Attention: OneCopyAttention})
+        tail = itertools.takewhile(lambda block: block.attention is None, reversed(self.unet.decoder))
+        for i, block in enumerate(tail):
+            block.__class__, block.wanted = TailBlock, 1 + i * (cfg.temporal_kernel - 1)
+
+    def loss(self, clips, actions, noise, cfg):
+        """Of the last frame; clips: b t c h w, the noise as for all frames."""
+        def denoise_last(x, sigma, actions):
+            """x: b 2 1 c h w, clean and noised last frame; sigma: b 2 1 -> D: b 1 1 c h w, u: b 1 1."""
+            frames = torch.cat([clips[:, None, :-1], x[:, 1:]], dim=2)
+            sigmas = F.pad(sigma[:, 1:], (clips.shape[1] - 1, 0))
+            return self.one_copy(frames, sigmas, actions)[:, :, -1:], self.log_variance(sigmas)[:, :, -1:]
+        return train.loss_of(denoise_last, clips[:, -1:], actions, [z[:, :, -1:] for z in noise], cfg)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Whole clip: one noise level for all frames, each of which sees all others. Kernel 3: before, present, after.
+
+class BothWaysConv(CausalConv):
+    def forward(self, x, scale, seq, gain=1.0):
+        weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
+        parts = F.conv2d(x, weight.flatten(0, 1), padding=1)
+        here, before, after = rearrange(parts, "(b t) (j o) h w -> j b t o h w", t=seq.frames, j=3)
+        y = here + F.pad(before[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)) + F.pad(after[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1))
+        taps = torch.full((seq.frames, 1, 1, 1), 3.0, device=x.device)
+        taps[[0, -1]] = 2.0                                 # a missing neighbour must not shrink a frame
+        return (y * (3 / taps).sqrt()).flatten(0, 1) * scale[:, :, None, None]
+
+
+class BothWaysAttention(Attention):
+    def attend(self, qkv, seq):
+        if self.window == 1:
+            return super().attend(qkv, seq)
+        q, k, v = (rearrange(z, "b 1 t m p d -> b m (t p) d") for z in (*rotate(qkv[:2], 0), qkv[2]))
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "b m (t p) d -> b 1 t m p d", t=seq.frames)
+
+
+class WholeClip(Ours):
+    told = TOLD
+
+    def __init__(self, cfg):
+        super().__init__(replace(cfg, temporal_kernel=3))
+        replace_layers(self, {CausalConv: BothWaysConv, Attention: BothWaysAttention})
+
+    def loss(self, clips, actions, noise, cfg):
+        z, eps = noise
+        return train.loss_of(self, clips, actions, [z[..., :1].expand_as(z), eps], cfg)
+
+    def forward(self, x, sigma, actions=None):
+        """In eval mode a pass per frame: those before it clean, those from it on at its noise level."""
+        clean, noised, sigma = x[:, :1].expand_as(x[:, 1:]), x[:, 1:], sigma[:, 1:]
+        if self.training:
+            return self.one_copy(noised, sigma, actions), self.log_variance(sigma)
+        denoised = []
+        for t in range(x.shape[2]):
+            frames = torch.cat([clean[:, :, :t], noised[:, :, t:]], dim=2)
+            sigmas = torch.cat([torch.full_like(sigma[:, :, :t], self.past_sigma), sigma[:, :, t:]], dim=2)
+            denoised.append(self.one_copy(frames, sigmas, actions)[:, :, t])
+        return torch.stack(denoised, dim=2), self.log_variance(sigma)
+
+    def go_on(self, clean, frames, actions, seed, levels):
+        """Frames b t c h w that follow the clean ones b n c h w, all denoised together."""
+        def denoise(x, sigma):
+            sigmas = torch.full((len(x), 1, frames), sigma, device=x.device)
+            sigmas[..., :clean.shape[1]] = self.past_sigma
+            return self.one_copy(torch.cat([clean, x], dim=1)[:, None], sigmas, actions)[:, 0, clean.shape[1]:]
+        shape = (len(clean), frames - clean.shape[1], *clean.shape[2:])
+        noise = torch.randn(shape, generator=sample.seeded(clean.device, seed), device=clean.device)
+        return sample.reverse_diffusion(denoise, noise * levels[0], levels)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Frame stacking: no time axis in the network, the k frames before are channels beside the noised frame's.
+
+class FrameHead(MPConv):
+    """Only the noised frame's channels are computed; the past's, which nobody reads, are zeros."""
+
+    def forward(self, x):
+        return F.pad(super().forward(x), (0, 0, 0, 0, 0, self.unread))
+
+
+class Stacked(Ours):
+    def __init__(self, cfg, k):
+        c, *size = cfg.frame_shape
+        attention = (*cfg.video_attn_resolutions, *cfg.frame_attn_resolutions)
+        super().__init__(replace(cfg, frame_shape=((1 + k) * c, *size), temporal_kernel=1, video_attn_resolutions=(),
+                                 frame_attn_resolutions=attention))
+        self.k, self.frame_channels, outputs = k, c, c * cfg.patch_size ** 2
+        self.unet.head = FrameHead(outputs, cfg.channels, 3, 3)
+        self.unet.head.unread = k * outputs
+
+    def denoise_given(self, x, past, sigma, actions):
+        """x: b r t c h w; past: b 1 t (k c) h w, newest first; sigma: b r t -> D: b r t c h w."""
+        sd, (r, t) = self.cfg.sigma_data, x.shape[1:3]
+        past = past * ((sigma ** 2 + sd ** 2).sqrt() / sd)[..., None, None, None]        # `denoise` divides by it
+        denoised = self.denoise(torch.cat([x, past], dim=3), sigma, actions, Sequence(r, t, ONE_COPY))
+        return denoised[:, :, :, :self.frame_channels]
+
+    def forward(self, x, sigma, actions=None):
+        """As Denoiser's: the clean copy is where the past is taken from; zeros where there is none."""
+        t, padded = x.shape[2], F.pad(x[:, :1], (0, 0, 0, 0, 0, 0, self.k, 0))
+        past = torch.cat([padded[:, :, self.k - j:][:, :, :t] for j in range(1, self.k + 1)], dim=3)
+        return self.denoise_given(x[:, 1:], past, sigma[:, 1:], actions), self.log_variance(sigma[:, 1:])
+
+    @torch.no_grad()
+    def step(self, x, sigma, cache, actions=None, commit=False):
+        past = cache.of(self, (len(x), self.k, *x.shape[2:]), x)
+        if commit:
+            past.copy_(torch.cat([past, x], dim=1)[:, -self.k:])
+            cache.position += x.shape[1]
+            return x
+        newest_first = rearrange(past.flip(1), "b k c h w -> b 1 1 (k c) h w")
+        return self.denoise_given(x[:, None], newest_first, sigma[:, None], actions)[:, 0]
+
+
+# title, network, changed settings. Half the clips for four copies: steps are dear, and more of them serve better.
+REGIMES = {"ours": ("ours, R = 1", Ours, {}),
+           "ours4": ("ours, R = 4", Ours, {"noised_copies": 4, "batch_size": 2}),
+           "last": ("last frame only", LastFrame, {}),
+           "stack1": ("frame stacking, k = 1", partial(Stacked, k=1), {}),
+           "stack4": ("frame stacking, k = 4", partial(Stacked, k=4), {}),
+           "whole": ("whole clip", WholeClip, {}),
+           "independent": ("independent noise", Independent, {})}
