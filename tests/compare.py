@@ -140,38 +140,47 @@ def rollout_error(model, held_out, stats, cfg, device):
 
 
 def compute_to_reach(error, curves):
-    """GFLOP at which the first of the curves comes down to the error, between points by a straight line in logarithms;
-    inf: none does. The second value says that it was there at the first point already."""
+    """GFLOP at which the first of the curves, of (GFLOP, error) each, comes down to the error, between points by a
+    straight line in logarithms; inf: none does. The second value: it was there at its first point already."""
     reached = [(math.inf, False)]
     for curve in curves:
-        gflops, errors = [point["gflop"] for point in curve], [mean_error(point["error"]) for point in curve]
-        for i, value in enumerate(errors):
-            if value <= error:
-                share = (math.log(errors[i - 1] / error) / math.log(errors[i - 1] / value)) if i else 1
-                before = gflops[i - 1] if i else gflops[i]
-                reached.append((before * (gflops[i] / before) ** share, i == 0))
-                break
+        i = next((i for i, (_, value) in enumerate(curve) if value <= error), None)
+        if i == 0:
+            reached.append((curve[0][0], True))
+        elif i:
+            (before, above), (after, below) = curve[i - 1:i + 1]
+            share = math.log(above / error) / math.log(above / below)
+            reached.append((before * (after / before) ** share, False))
     return min(reached)
 
 
-def efficiency_rows(entries):
-    """Rows of the Markdown table, the header first."""
-    sigmas = [f"{sigma:g}" for sigma in entries[0]["sigmas"]]
-    rows = [["regime", "clips/step", "steps", "frames supervised", "GFLOP", "minutes", *sigmas, "mean", "rollout",
-             "ours needs"]]
-    ours = [entry["curve"] for entry in entries if entry["regime"] == "ours"]
+def efficiency_tables(entries):
+    """What each regime ended at, and how much of its compute ours needed to be there; rows, headers first."""
+    sigmas, ours = entries[0]["sigmas"], [entry["curve"] for entry in entries if entry["regime"] == "ours"]
+    ends = [["regime", "clips/step", "steps", "frames supervised", "GFLOP", "minutes",
+             *(f"{sigma:g}" for sigma in sigmas), "mean", "rollout"]]
+    needs = [["compute of ours to be there", *ends[0][6:-1]]]
     for entry in entries:
-        end = entry["curve"][-1]
-        gflop, at_first = compute_to_reach(mean_error(end["error"]), ours)
-        needs = "never there" if gflop == math.inf else f"{'< ' if at_first else ''}1/{end['gflop'] / gflop:.3g}"
-        rows.append([entry["title"], entry["batch_size"], end["step"], end["supervised_frames"], f"{end['gflop']:.0f}",
-                     f"{end['seconds'] / 60:.1f}",
-                     *figures([*end["error"], mean_error(end["error"]), np.mean(np.array(entry["rollout"], float))]),
-                     "" if entry["regime"] == "ours" else needs])
+        title, end = entry["title"], entry["curve"][-1]
+        ends.append([title, entry["batch_size"], end["step"], end["supervised_frames"], f"{end['gflop']:.0f}",
+                     f"{end['seconds'] / 60:.1f}", *figures(with_mean(end["error"])),
+                     *figures([np.mean(np.array(entry["rollout"], float))])])
         if "own_way" in end:
-            rows.append([f"... all frames at one level ({entry['title']})", *[""] * 5,
-                         *figures([*end["own_way"], mean_error(end["own_way"])]), "", ""])
-    return rows
+            ends.append([f"{title}, all frames at one level", *[""] * 5, *figures(with_mean(end["own_way"])), ""])
+        if entry["regime"] != "ours":
+            needs.append([title, *(share_needed(end, ours, column) for column in range(len(sigmas) + 1))])
+    return [ends, needs] if ours else [ends]
+
+
+def with_mean(errors):
+    return [*errors, mean_error(errors)]
+
+
+def share_needed(end, ours, column):
+    """The share of a run's compute at which ours came down to the error, in `column`, that the run ended at."""
+    curves = [[(point["gflop"], with_mean(point["error"])[column]) for point in curve] for curve in ours]
+    gflop, at_first = compute_to_reach(with_mean(end["error"])[column], curves)
+    return "not reached" if gflop == math.inf else f"{'< ' if at_first else ''}{gflop / end['gflop']:.2f}"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -215,11 +224,12 @@ def memory(model, stats, cfg, device, sigma=10.0):
                        for who, error in errors.items()}}
 
 
-def memory_rows(entries):
+def memory_tables(entries):
+    """One table, as rows."""
     names = [f"{low}" if low == high else f"{low} to {high}" for low, high in GAPS[:-1]]
     lines = {who: entries[0]["memory"][who] for who in ("copy of the last frame", "black")}
     lines |= {entry["title"]: entry["memory"]["error"] for entry in entries}
-    return [["last seen, frames ago", *names, "never"], *([who, *figures(line)] for who, line in lines.items())]
+    return [[["last seen, frames ago", *names, "never"], *([who, *figures(line)] for who, line in lines.items())]]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -291,7 +301,7 @@ def figures(values):
 
 def print_markdown(rows):
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    print("\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]), flush=True)
+    print("\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], ""]), flush=True)
 
 
 def draw(path, entries):
@@ -338,9 +348,11 @@ def main(cfg):
     require(set(cfg.regimes) <= set(REGIMES), f"--regimes={','.join(cfg.regimes)}: choose from {', '.join(REGIMES)}")
     entries = [finished_entry(name, cfg, device) for name in cfg.regimes]
     if "ours" in cfg.regimes and cfg.dataset == "digits":
-        entries += [finished_entry("ours", SimpleNamespace(**vars(cfg) | {"gflop": share * cfg.gflop}), device)
-                    for share in cfg.shorter]
-    print_markdown((memory_rows if cfg.dataset == "world" else efficiency_rows)(entries))
+        for share in cfg.shorter:
+            entry = finished_entry("ours", SimpleNamespace(**vars(cfg) | {"gflop": share * cfg.gflop}), device)
+            entries.append(entry | {"title": f"{entry['title']}, {share:g} of the compute"})
+    for rows in (memory_tables if cfg.dataset == "world" else efficiency_tables)(entries):
+        print_markdown(rows)
     if cfg.plot:
         draw(cfg.plot, entries)
 

@@ -206,11 +206,11 @@ def test_memory_is_the_error_of_what_was_last_seen_so_long_ago(cfg):
 
 
 def test_compute_to_reach_an_error_lies_on_the_line_between_two_points():
-    curve = [{"gflop": g, "error": [e]} for g, e in ((1, 0.8), (4, 0.4), (16, 0.1))]
+    curve = [(1, 0.8), (4, 0.4), (16, 0.1)]
     assert compare.compute_to_reach(0.2, [curve]) == (pytest.approx(8), False)
     assert compare.compute_to_reach(0.9, [curve]) == (1, True)
     assert compare.compute_to_reach(0.05, [curve]) == (math.inf, False)
-    assert compare.compute_to_reach(0.2, [curve, [{"gflop": 2, "error": [0.1]}]])[0] == 2
+    assert compare.compute_to_reach(0.2, [curve, [(2, 0.1)]])[0] == 2
 
 
 # ------------------------------------------------------------------------------------------------
@@ -224,8 +224,8 @@ def test_a_checkpoint_is_evaluated_by_the_protocol(cfg, tmp_path, capsys):
     cfg.checkpoint, cfg.clips, cfg.samples = str(run.path), 3, 2
     compare.evaluate_protocol(cfg, torch.device("cpu"))
     lines = capsys.readouterr().out.splitlines()
-    assert "not to be put beside them" in lines[-6]
-    table = [line.split(" | ") for line in lines[-5:]]
+    assert "not to be put beside them" in lines[-7]
+    table = [line.split(" | ") for line in lines[-6:-1]]
     assert [row[0] for row in table[2:]] == ["| one sample", "| mean of 2 samples", "| best of 2, by MSE"]
     assert 0 < float(table[4][1]) <= float(table[2][1]) < 256
 
