@@ -8,13 +8,14 @@ import compare
 import numpy as np
 import pytest
 import torch
-from regimes import REGIMES
+import torch.nn.functional as F
+from regimes import REGIMES, BothWaysConv
 from test_train import write_digits
 
 import train
 from config import UserError, plain_settings
 from data import CanvasWorld, open_source
-from model import Cache
+from model import Cache, Sequence, border_gain
 
 SMALL = {"frames": 6, "frame_size": 16, "digit_size": 10, "channels": 16, "channel_mults": (1, 2), "head_dim": 16,
          "patch_size": 2, "window": 4, "noised_copies": 1, "eval_clips": 2, "batch_size": 2, "context_noise": 0.0,
@@ -88,6 +89,15 @@ def test_all_are_evaluated_given_the_clean_past_alone(model_of, name):
     x, sigma = noised_pass()
     assert readers(model, copy=0, t=2) - {4, 5} == {3}
     assert readers(model, copy=1, t=2) == ({0, 1, 2} if name == "whole" else {2})        # its future is noised too
+
+
+def test_a_whole_clips_convolution_is_a_3d_one_over_the_frames_before_at_and_after():
+    conv, x = BothWaysConv(5, 7, 3), torch.randn(2 * 6, 5, 4, 4)
+    out = conv(x, torch.ones(12, 7), Sequence(1, 6)).unflatten(0, (2, 6))
+    volume, weight = x.unflatten(0, (2, 6)).transpose(1, 2), conv.weight.transpose(1, 2)[:, :, [1, 0, 2]]
+    expected = F.conv3d(volume, weight, padding=1).transpose(1, 2) / conv.fan_in ** 0.5 * border_gain(4, 4)
+    expected[:, [0, -1]] *= 1.5 ** 0.5
+    assert torch.allclose(out, expected, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------
