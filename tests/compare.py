@@ -65,10 +65,18 @@ def clip_flops(name, cfg, source):
     return count_flops(lambda: model.loss(frames.float() / 255, actions, noise, cfg).backward())
 
 
+def train_step(model, optimizer, batch, step, stats, cfg):
+    numbers, frames, actions = batch
+    frames = to_network(frames, stats, cfg.sigma_data)
+    noise = train.draw_noise(numbers, cfg.noised_copies, frames.shape[1:], cfg, frames.device)
+    model.loss(frames, actions, noise, cfg).backward()
+    train.optimizer_step(model, optimizer, step - 1, cfg)   # its gradient norm waits for the GPU
+
+
 def train_entry(name, cfg, device):
     """{curve: [an evaluation each], ..}, trained for cfg.gflop."""
     title, _, changes = REGIMES[name]
-    cfg = SimpleNamespace(**vars(cfg) | changes | {"context_noise": 0.0})       # stacking could not be told of it
+    cfg = SimpleNamespace(**vars(cfg) | changes(cfg) | {"context_noise": 0.0})       # stacking could not be told of it
     source, held_out = open_source(cfg, "train"), open_source(cfg, "val")
     stats, step_gflop = measure(source), clip_flops(name, cfg, source) * cfg.batch_size / 1e9
     cfg.max_steps = max(1, round(cfg.gflop / step_gflop))
@@ -82,11 +90,7 @@ def train_entry(name, cfg, device):
     with Batches(source, cfg.batch_size, device) as batches:
         for step in tqdm(range(1, cfg.max_steps + 1), desc=title, disable=None):
             began = time.perf_counter()
-            numbers, frames, actions = next(batches)
-            frames = to_network(frames, stats, cfg.sigma_data)
-            noise = train.draw_noise(numbers, cfg.noised_copies, frames.shape[1:], cfg, device)
-            model.loss(frames, actions, noise, cfg).backward()
-            train.optimizer_step(model, optimizer, step - 1, cfg)               # its gradient norm waits for the GPU
+            train_step(model, optimizer, next(batches), step, stats, cfg)
             ema.update(step)
             seconds += time.perf_counter() - began
             if step in due:

@@ -210,11 +210,20 @@ class Stacked(Ours):
         return self.denoise_given(x[:, None], newest_first, sigma[:, None], actions)[:, 0]
 
 
-# title, network, changed settings. Half the clips for four copies: steps are dear, and more of them serve better.
-REGIMES = {"ours": ("ours, R = 1", Ours, {}),
-           "ours4": ("ours, R = 4", Ours, {"noised_copies": 4, "batch_size": 2}),
-           "last": ("last frame only", LastFrame, {}),
-           "stack1": ("frame stacking, k = 1", partial(Stacked, k=1), {}),
-           "stack4": ("frame stacking, k = 4", partial(Stacked, k=4), {}),
-           "whole": ("whole clip", WholeClip, {}),
-           "independent": ("independent noise", Independent, {})}
+def one_copy(cfg):
+    return {"noised_copies": 1}
+
+
+def four_copies(cfg):
+    """Of half the clips: with dear steps, more of them serve better."""
+    return {"noised_copies": 4, "batch_size": max(1, cfg.batch_size // 2)}
+
+
+# title, network, settings that it changes
+REGIMES = {"ours": ("ours, R = 1", Ours, one_copy),
+           "ours4": ("ours, R = 4", Ours, four_copies),
+           "last": ("last frame only", LastFrame, one_copy),
+           "stack1": ("frame stacking, k = 1", partial(Stacked, k=1), one_copy),
+           "stack4": ("frame stacking, k = 4", partial(Stacked, k=4), one_copy),
+           "whole": ("whole clip", WholeClip, one_copy),
+           "independent": ("independent noise", Independent, one_copy)}
