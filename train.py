@@ -109,8 +109,12 @@ def start_processes(cfg):
     device = sample.pick_device(f"cuda:{local_rank}" if on_gpu else "cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    return device, dist.get_rank(), dist.get_world_size()
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # After a restart torchrun's own store still holds the addresses of the processes that ended.
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
+    return device, rank, world_size
 
 
 def sum_over_ranks(x):
@@ -397,7 +401,7 @@ class Run:
         self.resume(self.path)
         self.network = compiled(self.model) if cfg.compile else self.model
         if self.world_size > 1:
-            self.network = DistributedDataParallel(self.network)
+            self.network = DistributedDataParallel(self.network, broadcast_buffers=False)    # they never change
         self.board = open_tensorboard(self.folder) if cfg.tensorboard and self.rank == 0 else None
         self.start_log()
 
