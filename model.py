@@ -416,7 +416,7 @@ class Residual(nn.Module):
         super().__init__()
         self.conv0 = CausalConv(c_in, c_out, cfg.temporal_kernel)
         self.emb = MPLinear(c_out, c_emb)
-        self.emb_gain = nn.Parameter(torch.zeros([]))
+        self.emb_gain = nn.Parameter(torch.zeros(1))
         self.conv1 = MPConv(c_out, c_out, 3, 3)
         self.dropout = cfg.dropout
 
@@ -471,7 +471,7 @@ class UNet(nn.Module):
             if i > 0:
                 self.decoder.append(block(c, c, 0, resample=nn.Upsample(scale_factor=2)))
         self.head = MPConv(c_io, c, 3, 3)
-        self.head_gain = nn.Parameter(torch.zeros([]))
+        self.head_gain = nn.Parameter(torch.zeros(1))
 
     def run(self, block, *inputs):
         """The block's output; with `recompute`, what it computes on the way is forgotten until the backward pass."""
@@ -572,7 +572,7 @@ class Denoiser(nn.Module):
         """u(sigma, t). The frame's position counts: the first frame has no past and is harder than the rest."""
         position = torch.log1p(torch.arange(sigma.shape[-1], device=sigma.device)).expand_as(sigma)
         features = self.error_features(torch.stack([noise_label(sigma), position], dim=-1))
-        return self.error_log_variance(features)[..., 0]
+        return self.error_log_variance(features).sum(-1)    # of one output; no view, which FSDP would warn of
 
     def check(self, x, sigma, actions, copies):
         """ValueError that names the expected and the given shape."""

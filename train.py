@@ -20,8 +20,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import sample
@@ -90,10 +93,11 @@ picture_steps = 4               # Euler steps per frame in the pictures
 seed = 0                        # of weights, data and noise
 device = "auto"                 # auto, cpu, cuda, ..
 compile = False                 # torch.compile the network: a minute or more to start, faster steps
+shard = False                   # over processes: weights, averages, optimizer; for a model that does not fit on one
 recompute = False               # in the backward pass, what blocks computed: less memory, a quarter more time
 
 FREE_TO_CHANGE = {"init_from", "out_dir", "data_dir", "log_interval", "eval_interval", "checkpoint_interval",
-                  "tensorboard", "device", "compile", "recompute", "accumulate", "max_skipped", "eval_clips",
+                  "tensorboard", "device", "compile", "shard", "recompute", "accumulate", "max_skipped", "eval_clips",
                   "eval_context", "picture_frames", "picture_steps"}
 
 
@@ -121,6 +125,18 @@ def sum_over_ranks(x):
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def whole(tree):
+    """The tree with whole tensors on the CPU in the place of sharded ones. All processes have to take part."""
+    return tree_map(lambda x: x.full_tensor().cpu() if isinstance(x, DTensor) else x, tree)
+
+
+def like(parameter, x):
+    """A whole tensor, sharded as the parameter is."""
+    if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
+        return x
+    return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -202,24 +218,15 @@ class PowerEMA:
     def load(self, averages):
         for width, average in self.averages.items():
             for name, tensor in average.items():            # a width that was not tracked begins with the weights
-                tensor.copy_(averages.get(width, self.parameters)[name])
-
-    def halved(self):
-        return {width: {name: p.half() for name, p in average.items()} for width, average in self.averages.items()}
+                tensor.copy_(like(tensor, averages.get(width, self.parameters)[name]))
 
 
-@contextlib.contextmanager
-def averaged_weights(model, average):
-    """Within the block, the model has the averaged weights, back on the sphere, and is in eval mode."""
-    raw = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model.load_state_dict(average, strict=False)
-    model.normalize_weights()
-    model.eval()
-    try:
-        yield
-    finally:
-        model.load_state_dict(raw, strict=False)
-        model.train()
+def averaged_model(new, model, average, device):
+    """`new`, a model like `model`, with its averaged weights, back on the sphere, in eval mode."""
+    new.load_state_dict(whole(model.state_dict() | average))
+    new.normalize_weights()
+    new.dtype = model.dtype
+    return new.eval().requires_grad_(False).to(device)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -357,6 +364,7 @@ def check_settings(cfg):
     for name in ("frames", "picture_frames"):
         require(getattr(cfg, name) > cfg.eval_context,
                 f"{name}={getattr(cfg, name)}: must be more than eval_context={cfg.eval_context}")
+    require(not (cfg.shard and cfg.compile), "shard=True and compile=True have not been made to work together: set one")
     require(cfg.ema_widths, "ema_widths is empty: give at least one width, for example --ema_widths=0.05")
 
 
@@ -378,6 +386,15 @@ def build_model(cfg, source, device):
         raise UserError(str(error)) from None
 
 
+def shard_model(model):
+    """Every process keeps its part of each block's weights, and gathers the rest while the block runs (FSDP)."""
+    require(dist.is_initialized(), "shard=True shards over the processes that torchrun starts, and there is only this "
+                                   "one: use torchrun, or leave it out")
+    for block in (*model.unet.encoder, *model.unet.middle, *model.unet.decoder):
+        fully_shard(block)
+    fully_shard(model)
+
+
 def compiled(model):
     """torch.compile for the shapes of this run; blocks share their code, and each is one more compilation of it."""
     torch._dynamo.config.recompile_limit = 64
@@ -394,13 +411,15 @@ class Run:
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg, self.source, self.device)
         self.model.dtype = sample.compute_dtype(self.device)
+        if cfg.shard:
+            shard_model(self.model)
         self.optimizer = torch.optim.Adam(self.model.parameters(), betas=(0.9, 0.99), fused=True)
         self.ema = PowerEMA(self.model, cfg.ema_widths)
         self.step, self.recent = 0, []                      # steps done; losses since the last line of the log
         self.writer = Writer()
         self.resume(self.path)
         self.network = compiled(self.model) if cfg.compile else self.model
-        if self.world_size > 1:
+        if self.world_size > 1 and not cfg.shard:
             self.network = DistributedDataParallel(self.network, broadcast_buffers=False)    # they never change
         self.board = open_tensorboard(self.folder) if cfg.tensorboard and self.rank == 0 else None
         self.start_log()
@@ -426,10 +445,13 @@ class Run:
         require(not changed or self.cfg.init_from == "changed",
                 f"{path} is of a run with other settings: {'; '.join(changed)}. Choose another out_dir, or repeat the "
                 "run's settings to go on with it, or set --init_from=changed to go on with these")
+        own = self.model.state_dict()
         try:
-            self.model.load_state_dict(state["model"])
+            self.model.load_state_dict({name: like(own.get(name), x) for name, x in state["model"].items()})
         except RuntimeError as error:
             raise UserError(f"{path} is of another network: {'; '.join(changed)}") from error
+        for parameter, moments in zip(self.model.parameters(), state["optimizer"]["state"].values()):
+            moments.update({key: like(parameter, x) for key, x in moments.items()})
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load(state["ema"])
         if changed and self.rank == 0:
@@ -462,18 +484,20 @@ class Run:
     def save(self):
         """Everything that resuming and sampling need, in checkpoint.pt; every `checkpoint_interval` steps the
         averages too, in a file of their own, for reconstructing other widths."""
+        state = {"version": sample.VERSION, "step": self.step, "settings": vars(self.cfg),
+                 "model_config": asdict(self.model.cfg), "stats": self.stats,
+                 "origin": self.source.origin, "recent": self.recent,
+                 **whole({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                          "ema": self.ema.averages})}
         if self.rank > 0:
             return
         self.writer.wait()
-        require(all(p.isfinite().all() for p in self.model.parameters()),
+        require(all(x.isfinite().all() for x in state["model"].values()),
                 f"step {self.step}: weights are not finite; the last checkpoint is kept. Lower lr")
-        state = {"version": sample.VERSION, "step": self.step, "settings": vars(self.cfg),
-                 "model_config": asdict(self.model.cfg), "stats": self.stats,
-                 "origin": self.source.origin, "model": self.model.state_dict(), "recent": self.recent,
-                 "optimizer": self.optimizer.state_dict(), "ema": self.ema.averages}
         self.writer.save(state, self.path, keep=previous(self.path))
         if self.due(self.cfg.checkpoint_interval):
-            self.writer.save({"step": self.step, "ema": self.ema.halved()}, self.folder / f"ema-{self.step:08d}.pt")
+            halved = tree_map(torch.Tensor.half, state["ema"])
+            self.writer.save({"step": self.step, "ema": halved}, self.folder / f"ema-{self.step:08d}.pt")
 
     def due(self, interval):
         """Whether something that happens every `interval` steps, and at the end, happens now."""
@@ -481,15 +505,15 @@ class Run:
 
     def evaluate(self):
         """Error table and picture with the first averaged weights, printed, logged, drawn."""
-        cfg = self.cfg
-        with averaged_weights(self.model, next(iter(self.ema.averages.values()))):
-            errors = error_table(self.model, self.held_out, self.stats, cfg, self.device, self.rank, self.world_size)
-            if self.rank == 0:
-                tqdm.write(format_table(self.step, errors, cfg))
-                self.log(step=self.step, sigmas=list(cfg.eval_sigmas), first_and_later_error=errors)
-                draw_log(self.folder)
-                path = self.folder / f"rollout-{self.step:08d}.{'npy' if self.stats.get('latent') else 'png'}"
-                draw_picture(path, self.model, self.held_out, self.stats, cfg, self.device)
+        cfg, average = self.cfg, next(iter(self.ema.averages.values()))
+        model = averaged_model(Denoiser(self.model.cfg), self.model, average, self.device)
+        errors = error_table(model, self.held_out, self.stats, cfg, self.device, self.rank, self.world_size)
+        if self.rank == 0:
+            tqdm.write(format_table(self.step, errors, cfg))
+            self.log(step=self.step, sigmas=list(cfg.eval_sigmas), first_and_later_error=errors)
+            draw_log(self.folder)
+            path = self.folder / f"rollout-{self.step:08d}.{'npy' if self.stats.get('latent') else 'png'}"
+            draw_picture(path, model, self.held_out, self.stats, cfg, self.device)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -506,6 +530,13 @@ def ask_to_stop(stop):
         signal.signal(number, handler)
 
 
+def exchange_of_gradients(network, wanted):
+    """A block within which a backward pass averages the gradients over all processes, or leaves that for later."""
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(wanted)
+    return contextlib.nullcontext() if wanted or not hasattr(network, "no_sync") else network.no_sync()
+
+
 def gradients(network, batches, cfg, stats, device):
     """One optimizer step's gradients, over its micro-batches; returns its mean loss."""
     total = 0.0
@@ -514,8 +545,7 @@ def gradients(network, batches, cfg, stats, device):
         clips = to_network(clips, stats, cfg.sigma_data)
         actions = hide_actions(actions, samples, cfg) if cfg.action_dropout and actions is not None else actions
         noise = draw_noise(samples, cfg.noised_copies, clips.shape[1:], cfg, device)
-        last = micro == cfg.accumulate - 1                  # gradients are exchanged once per optimizer step
-        with contextlib.nullcontext() if last or not dist.is_initialized() else network.no_sync():
+        with exchange_of_gradients(network, micro == cfg.accumulate - 1):                # once per optimizer step
             loss = loss_of(network, clips, actions, noise, cfg) / cfg.accumulate
             loss.backward()
         total += loss.detach()
@@ -527,7 +557,7 @@ def optimizer_step(model, optimizer, step, cfg):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, cfg)
     model.project_gradients()
-    norm = clip_grad_norm_(model.parameters(), cfg.grad_clip).item()
+    norm = whole(clip_grad_norm_(model.parameters(), cfg.grad_clip)).item()
     if math.isfinite(norm):
         optimizer.step()
         model.normalize_weights()

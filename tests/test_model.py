@@ -614,7 +614,7 @@ def test_every_weight_is_on_the_sphere_and_comes_back_to_it():
     x, sigma, actions = training_inputs(denoiser)
     expected = denoiser(x, sigma, actions)
     vectors = weight_vectors(denoiser)
-    assert {name for name, p in denoiser.named_parameters() if p.ndim > 0} == set(vectors)
+    assert {name for name, p in denoiser.named_parameters() if p.ndim > 1} == set(vectors)
     for vector in vectors.values():
         assert (rms(vector, keep=[0]) - 1).abs().max() < 1e-5
         vector *= torch.rand(len(vector), 1) + 0.5                      # a view: the weight itself grows

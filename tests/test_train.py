@@ -114,6 +114,10 @@ def assert_same_run(folder, other):
     assert logs[0] == logs[1]
 
 
+class Break(Exception):
+    pass
+
+
 def at_step(monkeypatch, k, act):
     """Calls `act` once, in the middle of optimizer step k (0 is the first)."""
     original, done = train.learning_rate, []
@@ -138,7 +142,7 @@ def build(cfg, awake=False):
     model = train.build_model(cfg, source, CPU)
     if awake:
         for parameter in model.parameters():
-            if parameter.ndim == 0:
+            if parameter.ndim == 1:
                 parameter.data.fill_(0.5)
     return model, source, measure(source)
 
@@ -386,26 +390,17 @@ def test_the_averages_follow_the_weights_of_the_step_just_taken(tiny, tmp_path):
         assert_same(average, {name: state["model"][name] for name in average})
 
 
-class Break(Exception):
-    pass
-
-
-@pytest.mark.parametrize("error", [None, Break])
-def test_averaged_weights_are_on_the_sphere_and_the_raw_ones_come_back(tiny, error):
+def test_the_averaged_model_is_on_the_sphere_and_another_one(tiny):
     model, _, _ = build(tiny(), awake=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    shrink = {name: 0.3 * torch.roll(p.detach(), 1, 0) for name, p in model.named_parameters() if p.ndim}
+    shrink = {name: 0.3 * torch.roll(p.detach(), 1, 0) for name, p in model.named_parameters() if p.ndim > 1}
     average = {name: p.detach() + 1 for name, p in model.named_parameters()} | shrink
-    try:
-        with train.averaged_weights(model, average):
-            assert not model.training
-            for name, p in model.named_parameters():
-                unit = 1 / average[name].square().mean(tuple(range(1, p.ndim)), keepdim=True).sqrt() if p.ndim else 1
-                torch.testing.assert_close(p.detach(), average[name] * unit, rtol=1e-5, atol=1e-6)
-            if error:
-                raise error
-    except Break:
-        pass
+    averaged = train.averaged_model(Denoiser(model.cfg), model, average, CPU)
+    assert not averaged.training and not any(p.requires_grad for p in averaged.parameters())
+    for name, p in averaged.named_parameters():
+        unit = 1 / average[name].square().mean(tuple(range(1, p.ndim)), keepdim=True).sqrt() if p.ndim > 1 else 1
+        torch.testing.assert_close(p, average[name] * unit, rtol=1e-5, atol=1e-6)
+    assert_same(dict(averaged.named_buffers()), dict(model.named_buffers()))
     assert model.training
     assert_same(model.state_dict(), before)
 
@@ -548,6 +543,13 @@ def test_a_run_in_micro_batches_is_the_same_run(tiny, tmp_path, whole_batch):
     assert_close_runs(tmp_path / "parts", whole_batch)
 
 
+def test_sharding_needs_processes_and_no_compiler(tiny):
+    with pytest.raises(UserError, match="shard=True .*torchrun"):
+        train.main(tiny(shard=True))
+    with pytest.raises(UserError, match="shard=True and compile=True"):
+        train.main(tiny(shard=True, compile=True))
+
+
 def torchrun(folder, settings, *options, **env):
     """A finished `torchrun .. train.py` on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(ROOT / "train.py"),
@@ -556,23 +558,38 @@ def torchrun(folder, settings, *options, **env):
                           text=True, timeout=300)
 
 
-@pytest.mark.parametrize("count, accumulate", [(2, 2), (4, 1)])
-def test_several_processes_are_one_with_the_joint_batch(tmp_path, digits, whole_batch, count, accumulate):
-    """The micro-batches of all processes, and their share of the evaluation, count."""
-    done = torchrun(tmp_path, {"data_dir": digits, "out_dir": "many", "batch_size": 8, "accumulate": accumulate,
-                               "max_steps": 3, "eval_interval": 3, "eval_clips": 10, "picture_frames": 3},
+@pytest.mark.parametrize("count, changes", [(2, {"accumulate": 2}), (4, {}), (2, {"shard": True, "accumulate": 2}),
+                                            (2, {"shard": True, "recompute": True})])
+def test_several_processes_are_one_with_the_joint_batch(tmp_path, digits, whole_batch, count, changes):
+    """The micro-batches of all processes, and their share of the evaluation, count; sharded, a checkpoint is whole."""
+    done = torchrun(tmp_path, {"data_dir": digits, "out_dir": "many", "batch_size": 8, "max_steps": 3,
+                               "eval_interval": 3, "eval_clips": 10, "picture_frames": 3} | changes,
                     f"--nproc_per_node={count}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done at step 3") == 1 and f"{count} x cpu" in done.stdout
     assert_close_runs(tmp_path / "many", whole_batch)
+    assert_alike(load(tmp_path / "many"), whole_batch[1])
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tiny, tmp_path, digits, whole_batch, monkeypatch):
+def assert_alike(state, other):
+    """Two checkpoints with the same keys and shapes, and nearly the same averages and moments."""
+    assert state["model"].keys() == other["model"].keys()
+    for width, average in other["ema"].items():
+        for name, tensor in average.items():
+            torch.testing.assert_close(state["ema"][width][name], tensor, rtol=0, atol=1e-4)
+    assert state["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
+    for number, moments in other["optimizer"]["state"].items():
+        for key, tensor in moments.items():
+            torch.testing.assert_close(state["optimizer"]["state"][number][key], tensor, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_run_goes_on_with_another_number_of_processes(tiny, tmp_path, digits, whole_batch, monkeypatch, shard):
     settings = dict(batch_size=8, max_steps=3, eval_interval=3, eval_clips=10, picture_frames=3)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_at(patch, 0, signal.SIGTERM)
         train.main(tiny("many", **settings))
-    done = torchrun(tmp_path, settings | {"data_dir": digits, "out_dir": "many"}, "--nproc_per_node=2")
+    done = torchrun(tmp_path, settings | {"data_dir": digits, "out_dir": "many", "shard": shard}, "--nproc_per_node=2")
     assert done.returncode == 0, done.stderr
     assert "at step 1 of 3" in done.stdout and "2 x cpu" in done.stdout
     assert_close_runs(tmp_path / "many", whole_batch)
