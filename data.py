@@ -42,6 +42,7 @@ out = "data/video"          # the prepared folder; what was prepared before stay
 size = 64                   # pixels, height and width
 channels = 3                # 3: RGB, 1: grey
 fps = 0.0                   # frames per second to convert to, by each film's clock; 0: every frame
+min_frames = 2              # shorter clips are left out
 letterbox = False           # black bars instead of a crop of the centre
 val_share = 0.1             # of the sources, held out
 episodes = 100              # of the environment
@@ -278,7 +279,7 @@ class MovingDigits:
                 velocity = np.where(at_wall, inward * np.abs(velocity), velocity)
             place = (place + velocity).clip(0, self.free)
 
-    def _path(self, rng):
+    def path(self, rng):
         """The top left corners (t, yx) of one digit, whole pixels."""
         whole = self.cfg.whole_pixels
         place = rng.integers(0, self.free + 1, 2) if whole else rng.uniform(0, self.free, 2)
@@ -293,7 +294,7 @@ class MovingDigits:
         frames = np.zeros((self.frames, *self.shape), np.uint8)
         for _ in range(self.cfg.digits):
             digit = random_digit(self.bank, self.cfg.digit_size, rng)
-            for frame, (y, x) in zip(frames[:, 0], self._path(rng)):
+            for frame, (y, x) in zip(frames[:, 0], self.path(rng)):
                 paint(frame, digit, y, x)
         return frames, None
 
@@ -473,7 +474,7 @@ def with_actions(timed, path):
 # Preparing clips: of each source NAME.raw, its frames one after another, perhaps NAME.actions.npy, and NAME.json, which
 # is written last: what has one is whole. meta.json, made of them at the end, is all that training looks up.
 
-MADE_WITH = ("env", "size", "channels", "fps", "letterbox", "max_frames", "seed")       # the same for a whole folder
+MADE_WITH = ("env", "size", "channels", "fps", "letterbox", "max_frames", "min_frames", "seed")     # the same for all
 
 
 def find_sources(folder):
@@ -519,8 +520,8 @@ def frames_of(cfg, name):
         yield fit(frame, shape if frame.dtype == np.uint8 else frame.shape, cfg.letterbox), action
 
 
-def write_frames(path, pairs):
-    """Writes frames one by one. Returns their actions, and a record of what they are."""
+def write_frames(path, pairs, least):
+    """Writes frames one by one, if there are `least` or more. Returns their actions, and a record of what they are."""
     actions, shape, mean, square = [], None, 0, 0
     with replacing(path) as temporary, open(temporary, "wb") as file:
         for frame, action in pairs:
@@ -532,7 +533,7 @@ def write_frames(path, pairs):
             values = frame.astype(np.float64) / 255
             mean, square = mean + values.mean((1, 2)), square + (values ** 2).mean((1, 2))
         count = len(actions)
-        usable(count > 1, f"{path.stem}: {count} frames, and a clip needs two or more")
+        usable(count >= least, f"{path.stem}: {count} frames, fewer than min_frames={least}")
     return actions, dict(frames=count, shape=shape, dtype=frame.dtype.name,
                          mean=(mean / count).tolist(), square=(square / count).tolist())
 
@@ -557,7 +558,7 @@ def prepare_source(cfg, name):
     if beside[".json"].exists() and read_json(beside[".json"])["made_of"] == made_of and target.exists():
         return None
     try:
-        actions, record = write_frames(target, frames_of(cfg, name))
+        actions, record = write_frames(target, frames_of(cfg, name), cfg.min_frames)
     except Unusable as error:
         return str(error)
     record |= write_actions(beside[".actions.npy"], actions) | dict(name=name, made_of=made_of)
@@ -606,7 +607,8 @@ def combine(records, share, left_out):
 def check_prepare(cfg):
     """UserError for settings that cannot work, and for a folder prepared with others."""
     require(not (cfg.src and cfg.env), "give --src (files) or --env (a gymnasium environment), not both")
-    for name, least in (("size", 1), ("fps", 0), ("episodes", 1), ("max_frames", 2), ("workers", 0), ("seed", 0)):
+    for name, least in (("size", 1), ("fps", 0), ("episodes", 1), ("max_frames", 2), ("min_frames", 2), ("workers", 0),
+                        ("seed", 0)):
         require(getattr(cfg, name) >= least, f"--{name}={getattr(cfg, name)}: set {least} or more")
     require(cfg.channels in (1, 3), f"--channels={cfg.channels}: 1 (grey) or 3 (RGB)")
     require(0 < cfg.val_share < 1, f"--val_share={cfg.val_share}: between 0 and 1")

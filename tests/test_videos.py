@@ -296,7 +296,7 @@ def of_actions(actions, frames=5):
 
 
 BAD = {
-    "one.npy": (lambda path: np.save(path, numbered(1)), "1 frames, and a clip needs two"),
+    "one.npy": (lambda path: np.save(path, numbered(1)), "1 frames, fewer than min_frames=2"),
     "torn.mp4": (truncated_film, "torn.mp4 cannot be read"),
     "torn.npy": (lambda path: path.write_bytes(b"\x93NUMPY"), "torn.npy cannot be read"),
     "torn.npz": (lambda path: path.write_bytes(b"PK\x03\x04 and so on"), "torn.npz cannot be read"),
@@ -323,6 +323,14 @@ def test_a_bad_source_is_left_out_and_named(here, name):
     assert re.search(reason, meta["left_out"][name])
     assert [clip[0] for clip in meta["train"] + meta["val"]] == ["good.npy"]
     assert not list((here / "out" / "clips").glob(f"*{Path(name).stem}*"))         # nothing half-written
+
+
+def test_clips_shorter_than_asked_for_are_left_out(here):
+    np.save(here / "src" / "long.npy", numbered(5))
+    np.save(here / "src" / "short.npy", numbered(4))
+    meta = prepare(here, min_frames=5)
+    assert [clip[0] for clip in meta["train"] + meta["val"]] == ["long.npy"]
+    assert "4 frames, fewer than min_frames=5" in meta["left_out"]["short.npy"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -381,7 +389,7 @@ def test_other_settings_do_not_touch_what_is_there(prepared):
 
 def test_what_is_done_is_not_done_again_and_what_changed_is(prepared, monkeypatch):
     made, write = [], data.write_frames
-    monkeypatch.setattr(data, "write_frames", lambda path, pairs: made.append(path.name) or write(path, pairs))
+    monkeypatch.setattr(data, "write_frames", lambda path, *rest: made.append(path.name) or write(path, *rest))
     prepare(prepared.parent)
     assert made == []
     np.save(prepared.parent / "src" / "2.npy", numbered(30))
@@ -433,11 +441,11 @@ def test_a_disk_that_is_full_stops_the_preparation_and_keeps_what_is_done(here, 
     for name in "abc":
         np.save(here / "src" / f"{name}.npy", numbered(5))
 
-    def full(path, pairs):
+    def full(path, *rest):
         if path.name.startswith("b"):
             with data.replacing(path):
                 raise OSError(28, "No space left on device")
-        return write(path, pairs)
+        return write(path, *rest)
     write = data.write_frames
     with monkeypatch.context() as patch:
         patch.setattr(data, "write_frames", full)
