@@ -26,7 +26,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sample
 import train
 from config import UserError, plain_settings, read_file, run
-from data import Batches, CanvasWorld, load_batch, measure, open_source, replacing, require, to_network, to_pixels
+from data import (
+    Batches,
+    CanvasWorld,
+    load_batch,
+    measure,
+    open_source,
+    random_digit,
+    replacing,
+    require,
+    to_network,
+    to_pixels,
+)
 from model import ModelConfig
 
 # -- what to compare
@@ -85,6 +96,7 @@ def train_entry(name, cfg, device):
     model.dtype = sample.compute_dtype(device)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     ema, seconds, curve = train.PowerEMA(model, cfg.ema_widths[:1]), 0.0, []
+    (average,) = ema.averages.values()
     supervised = cfg.batch_size * cfg.noised_copies * (1 if name == "last" else source.frames)
     due = {max(1, cfg.max_steps >> i) for i in range(cfg.points)}
     with Batches(source, cfg.batch_size, device) as batches:
@@ -94,15 +106,14 @@ def train_entry(name, cfg, device):
             ema.update(step)
             seconds += time.perf_counter() - began
             if step in due:
-                with train.averaged_weights(model, ema.averages[cfg.ema_widths[0]]):
-                    errors = evaluate(model, held_out, stats, cfg, device)
+                averaged = train.averaged_model(build(name, cfg, source), model, average, device)
+                errors = evaluate(averaged, held_out, stats, cfg, device)
                 curve.append({"step": step, "gflop": step * step_gflop, "seconds": seconds,
                               "supervised_frames": step * supervised, **errors})
                 tqdm.write(f"{title}: {json.dumps(curve[-1])}")
-    with train.averaged_weights(model, ema.averages[cfg.ema_widths[0]]), torch.no_grad():
-        model.past_sigma = curve[-1]["past_sigma"]
-        final = memory(model, stats, cfg, device) if cfg.dataset == "world" else \
-            {"rollout": rollout_error(model, held_out, stats, cfg, device)}
+    averaged.eval().past_sigma = curve[-1]["past_sigma"]
+    final = memory(averaged, stats, cfg, device) if cfg.dataset == "world" else \
+        {"rollout": rollout_error(averaged, held_out, stats, cfg, device)}
     return {"regime": name, "title": title, "budget": cfg.gflop, "batch_size": cfg.batch_size, "lr": cfg.lr,
             "sigmas": list(cfg.eval_sigmas), "origin": source.origin, "curve": curve, **final}
 
@@ -276,6 +287,34 @@ def protocol_rows(made, truth):
                               for way, figures in ways.items())]
 
 
+def walls_met(source, index, given):
+    """Of each frame after the given ones, whether the one digit has met a wall since: where directions are drawn at
+    walls, its place cannot be known from then on. bools t"""
+    rng = np.random.default_rng((*source.stream, index))
+    random_digit(source.bank, source.cfg.digit_size, rng)   # a clip draws its digit first
+    path = source.path(rng)
+    arrived = (path[1:] != path[:-1]) & ((path[1:] == 0) | (path[1:] == source.free))    # t yx, of frames 1 to t
+    return np.maximum.accumulate(arrived.any(1)[given - 2:-1])
+
+
+def stochastic_rows(made, truth, met, variance):
+    """Table rows for made s n t h w and met n t: per frame, over the data variance, how far samples differ from each
+    other (twice their variance) and from the truth, apart for clips whose future is settled and open."""
+    def distance(x, y):
+        return ((x - y) ** 2).mean((-1, -2)) / variance
+    errors = np.stack([distance(sample_s, truth) for sample_s in made])
+    best = np.take_along_axis(errors, errors.sum(-1).argmin(0)[None, :, None], 0)[0]
+    columns = {"samples from each other": 2 * made.var(0, ddof=1).mean((-1, -2)) / variance, "one sample": errors[0],
+               f"mean of {len(made)}": distance(made.mean(0), truth), f"best of {len(made)}": best}
+    rows = [["frame", "clips whose future is settled", *columns, "clips whose future is open", *columns]]
+    for t in range(met.shape[1]):
+        rows.append([str(t + 1)])
+        for group in (~met[:, t], met[:, t]):
+            rows[-1] += [str(group.sum()), *figures([value[group, t].mean() if group.any() else math.nan
+                                                     for value in columns.values()])]
+    return rows
+
+
 def evaluate_protocol(cfg, device, given=10, predicted=10):
     path = cfg.checkpoint or sample.newest_checkpoint()
     model, state = sample.load_model(path, DEFAULTS["ema_widths"][0], device)
@@ -293,7 +332,11 @@ def evaluate_protocol(cfg, device, given=10, predicted=10):
           f"{settings.digits} digits in {settings.frame_size} x {settings.frame_size} pixels; {source.origin}")
     if (settings.digits, settings.frame_size) != (2, 64):
         print("published figures are for two digits in 64 x 64 pixels: these are not to be put beside them")
-    print_markdown(protocol_rows(np.stack(made), clips[:, given:, 0].numpy() / 255))
+    made, truth = np.stack(made), clips[:, given:, 0].numpy() / 255
+    print_markdown(protocol_rows(made, truth))
+    if settings.bounce == "random" and settings.digits == 1:
+        met = np.stack([walls_met(source, index, given) for index in range(cfg.clips)])
+        print_markdown(stochastic_rows(made, truth, met, state["stats"]["std"][0] ** 2))
 
 
 # ---------------------------------------------------------------------------------------------------

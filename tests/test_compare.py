@@ -36,7 +36,7 @@ def model_of(cfg):
         torch.manual_seed(0)
         model = compare.build(name, cfg, open_source(cfg, "train"))
         for parameter in model.parameters():
-            if parameter.ndim == 0:
+            if parameter.ndim == 1:
                 parameter.data.fill_(0.5)
         return model
     return make
@@ -188,6 +188,25 @@ def test_the_best_of_the_samples_is_chosen_clip_by_clip():
     assert float(rows["one sample"][0]) == 128
     assert float(rows["mean of 2 samples"][0]) == 256 * (0.25 ** 2 + 0.75 ** 2) / 2
     assert float(rows["best of 2, by MSE"][0]) == 32
+
+
+def test_the_future_is_open_from_the_first_wall_on(cfg):
+    """Up to there a digit that is sent anywhere moves as one that is mirrored, and mostly not after it."""
+    cfg = SimpleNamespace(**vars(cfg) | {"frames": 12, "speed": (1.0, 1.5)})             # walls are met exactly
+    mirrored, sent = (open_source(SimpleNamespace(**vars(cfg) | {"bounce": to}), "val")
+                      for to in ("reflect", "random"))
+    same = np.stack([(mirrored.clip(i)[0] == sent.clip(i)[0]).all((1, 2, 3)) for i in range(60)])
+    inside = [i for i in range(60) if same[i, 1]]           # others began at a wall, and were sent off from it
+    met, same = np.stack([compare.walls_met(sent, i, 2) for i in inside]), same[inside, 2:]
+    assert same[~met].all() and same[met].mean() < 0.5 and 0.2 < met.mean() < 0.95
+
+
+def test_samples_are_told_apart_where_the_future_is_open():
+    truth = np.zeros((2, 1, 16, 16))
+    made = np.stack([truth + 1, np.stack([truth[0] + 1, truth[1] + 3])])
+    header, row = compare.stochastic_rows(made, truth, np.array([[False], [True]]), 0.5)
+    assert row == ["1", "1", "0.000", "2.000", "2.000", "2.000", "1", "8.000", "2.000", "8.000", "2.000"]
+    assert len(header) == len(row)
 
 
 def test_gaps_count_frames_since_a_place_was_in_view(cfg):
