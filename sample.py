@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import webbrowser
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,6 +215,9 @@ CHECKPOINT_KEYS = (*WEIGHT_KEYS, "optimizer", "ema", "recent")
 def load_file(path, keys):
     """A dict of tensors and plain values that has `keys`; whatever is wrong with the file is one line naming it."""
     try:
+        with zipfile.ZipFile(path) as file:                 # torch writes checksums, and does not look at them
+            if damaged := file.testzip():
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None

@@ -306,6 +306,15 @@ class Writer:
             print(f"\n{errors[0]}: the checkpoint before it is kept, and training goes on", flush=True)
 
 
+@contextlib.contextmanager
+def dispensable(what):
+    """A block that writes something which a run can do without: if it fails, that is told, and training goes on."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        print(f"\n{what}: {error}; training goes on", flush=True)
+
+
 def finite(value):
     """`value` with null for numbers that are not finite, at any depth: NaN is no JSON."""
     if isinstance(value, dict):
@@ -475,7 +484,7 @@ class Run:
     def log(self, **entry):
         """Adds a line to log.jsonl, a JSON object; only rank 0 writes."""
         if self.rank == 0:
-            with open(self.folder / "log.jsonl", "a") as file:
+            with dispensable(path := self.folder / "log.jsonl"), open(path, "a") as file:
                 file.write(json.dumps(finite(entry)) + "\n")
             for name, value in entry.items() if self.board else ():
                 if isinstance(value, float):
@@ -511,9 +520,11 @@ class Run:
         if self.rank == 0:
             tqdm.write(format_table(self.step, errors, cfg))
             self.log(step=self.step, sigmas=list(cfg.eval_sigmas), first_and_later_error=errors)
-            draw_log(self.folder)
-            path = self.folder / f"rollout-{self.step:08d}.{'npy' if self.stats.get('latent') else 'png'}"
-            draw_picture(path, model, self.held_out, self.stats, cfg, self.device)
+            with dispensable("the log's picture"):
+                draw_log(self.folder)
+            with dispensable("the picture of a rollout"):
+                path = self.folder / f"rollout-{self.step:08d}.{'npy' if self.stats.get('latent') else 'png'}"
+                draw_picture(path, model, self.held_out, self.stats, cfg, self.device)
 
 
 # ---------------------------------------------------------------------------------------------------

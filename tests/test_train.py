@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
+import sample
 import train
 from config import UserError, read_settings
 from data import Batches, load_batch, measure, open_source, to_network
@@ -550,12 +551,16 @@ def test_sharding_needs_processes_and_no_compiler(tiny):
         train.main(tiny(shard=True, compile=True))
 
 
+def torchrun_command(settings, *options):
+    """`torchrun .. train.py` on the CPU."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(ROOT / "train.py"),
+            *flags(TINY | settings)]
+
+
 def torchrun(folder, settings, *options, **env):
-    """A finished `torchrun .. train.py` on the CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *options, str(ROOT / "train.py"),
-               *flags(TINY | settings)]
-    return subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, capture_output=True,
-                          text=True, timeout=300)
+    """It, finished."""
+    return subprocess.run(torchrun_command(settings, *options), cwd=folder, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | env)
 
 
 @pytest.mark.parametrize("count, changes", [(2, {"accumulate": 2}), (4, {}), (2, {"shard": True, "accumulate": 2}),
@@ -615,6 +620,23 @@ def test_a_killed_process_under_torchrun_is_started_again_and_goes_on(tmp_path, 
     assert whole.returncode == done.returncode == 0, done.stderr
     assert (tmp_path / "killed").exists() and "resuming restarted/checkpoint.pt at step" in done.stdout
     assert_same_run(tmp_path / "restarted", tmp_path / "whole")
+
+
+def test_a_launcher_that_is_told_to_stop_lets_its_processes_save(tmp_path, digits):
+    settings = {"data_dir": digits, "out_dir": "stopped", "batch_size": 4, "max_steps": 10 ** 6}
+    launcher = subprocess.Popen(torchrun_command(settings, "--nproc_per_node=2"), cwd=tmp_path, text=True,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE)
+    try:
+        log = tmp_path / "stopped" / "log.jsonl"
+        while launcher.poll() is None and not (log.exists() and log.read_text().count("\n") > 3):
+            time.sleep(0.05)
+        launcher.terminate()
+        said, _ = launcher.communicate(timeout=60)
+    finally:
+        launcher.kill()
+    step = load(tmp_path / "stopped")["step"]
+    assert launcher.returncode != 0 and said.count(f"stopped at step {step}") == 1
+    assert step == read_log(tmp_path / "stopped")[-1]["step"] >= 3
 
 
 def test_a_batch_that_is_not_finite_in_one_process_is_skipped_by_both(tmp_path, digits):
@@ -845,6 +867,23 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_left_as_it_is(half_done,
     assert not code_ran.exists()
 
 
+def test_a_flipped_bit_is_noticed(half_done, tmp_path):
+    """Wherever it is, but for the zeros between tensors, which nobody reads."""
+    folder, _ = half_done
+    path, expected = folder / "checkpoint.pt", load(folder)
+    content, rng, refused = path.read_bytes(), random.Random(0), 0
+    for position in rng.sample(range(len(content)), 60):
+        flipped = bytearray(content)
+        flipped[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert_same(sample.load_file(path, sample.CHECKPOINT_KEYS), expected)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > 40
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_run_whose_newest_checkpoint_is_torn_goes_on_from_the_one_before(tiny, tmp_path, capsys, damage):
     changes = {"checkpoint_interval": 2, "max_steps": 6}
@@ -923,6 +962,27 @@ def test_a_failed_save_keeps_the_last_checkpoint_and_training_goes_on(tiny, tmp_
     folder = tmp_path / "full"
     assert torch.load(train.previous(folder / "checkpoint.pt"), weights_only=True)["step"] == 2
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_log_and_pictures_that_cannot_be_written_do_not_end_a_run(tiny, tmp_path, monkeypatch, capsys):
+    """Folders are in their way, in that of the log from step 2 to step 4."""
+    folder, kept = tmp_path / "run", tmp_path / "log.jsonl"
+
+    def in_the_way():
+        shutil.move(folder / "log.jsonl", kept)
+        for name in ("log.jsonl", "log.png", "rollout-00000003.png"):
+            (folder / name).mkdir()
+
+    def out_of_the_way():
+        (folder / "log.jsonl").rmdir()
+        shutil.move(kept, folder / "log.jsonl")
+    at_step(monkeypatch, 2, in_the_way)
+    at_step(monkeypatch, 4, out_of_the_way)
+    train.main(tiny(max_steps=5, eval_interval=3))
+    said = capsys.readouterr().out
+    assert all(f"{what}: " in said for what in ("log.jsonl", "the log's picture", "the picture of a rollout"))
+    assert load(folder)["step"] == 5 and (folder / "rollout-00000005.png").is_file()
+    assert [entry["step"] for entry in read_log(folder) if "loss" in entry] == [1, 2, 5]
 
 
 @pytest.mark.parametrize("saves, steps", [({1, 2}, 8), ({2}, 6)])
@@ -1059,6 +1119,13 @@ def test_a_setting_that_cannot_work_is_one_line_that_names_it(tiny, tmp_path, ke
         train.main(tiny(**{key: value}))
     assert named in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_that_names_it(tiny, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file" / "run", Path("/proc/run")):       # /proc: nobody may make a folder there
+        with pytest.raises(UserError, match=f"{folder}.* cannot be written"):
+            train.main(tiny(out_dir=str(folder)))
 
 
 @pytest.mark.parametrize("limit", ["frames=3 eval_context=3", "picture_frames=1", "eval_clips=0", "ema_widths=()",
