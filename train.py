@@ -459,8 +459,9 @@ class Run:
             self.model.load_state_dict({name: like(own.get(name), x) for name, x in state["model"].items()})
         except RuntimeError as error:
             raise UserError(f"{path} is of another network: {'; '.join(changed)}") from error
-        for parameter, moments in zip(self.model.parameters(), state["optimizer"]["state"].values()):
-            moments.update({key: like(parameter, x) for key, x in moments.items()})
+        parameters = [*self.model.parameters()]             # Adam's state is numbered like them
+        for number, moments in state["optimizer"]["state"].items():
+            moments.update({key: like(parameters[number], x) for key, x in moments.items()})
         self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load(state["ema"])
         if changed and self.rank == 0:
