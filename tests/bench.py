@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train
-from config import UserError, run
+from config import UserError, read_file, run
 from data import Batches, open_source, replacing
 from model import (
     Cache,
@@ -45,6 +45,7 @@ far = 1000                      # frames read by the longest rollout whose evalu
 seed = 0                        # of weights and frames
 
 TABLES, DEFAULTS, CPU = tables, dict(vars(train)), torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -278,9 +279,10 @@ def attention_table(cfg, device):
 # Table 4: data.
 
 def data_table(cfg, device):
-    rows = []
-    for dataset in sorted({cfg.dataset, "digits", "world"}):
-        rows += data_rows(SimpleNamespace(**vars(cfg) | {"dataset": dataset}), device)
+    rows, digits_in = [], DEFAULTS["data_dir"] if cfg.dataset == "video" else cfg.data_dir
+    for dataset, file in {"digits": "mnist", "world": "world", cfg.dataset: None}.items():
+        own = {"dataset": dataset, "data_dir": digits_in} | read_file(str(ROOT / f"config/{file}.py")) if file else {}
+        rows += data_rows(SimpleNamespace(**vars(cfg) | own), device)
     print_table(f"Data, batches of {cfg.batch_size} clips, loaded by threads", rows)
     return rows
 
