@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -333,12 +334,25 @@ def test_clips_shorter_than_asked_for_are_left_out(here):
     assert "4 frames, fewer than min_frames=5" in meta["left_out"]["short.npy"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file_is_left_out_and_named(here):
-    np.save(here / "src" / "good.npy", numbered(5))
-    np.save(here / "src" / "locked.npy", numbered(5))
-    (here / "src" / "locked.npy").chmod(0)
-    assert "Permission" in prepare(here)["left_out"]["locked.npy"]
+@pytest.fixture
+def nobody():
+    """A user who may not read everything, as root may, and a folder that is theirs to write."""
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        os.seteuid(user or 65534)
+        yield Path(folder)
+        os.seteuid(user)
+
+
+def test_an_unreadable_file_is_left_out_and_named(here, nobody):
+    (nobody / "src").mkdir()
+    np.save(nobody / "src" / "good.npy", numbered(5))
+    np.save(nobody / "src" / "locked.npy", numbered(5))
+    (nobody / "src" / "locked.npy").chmod(0)
+    meta = prepare(nobody)
+    assert "Permission denied" in meta["left_out"]["locked.npy"]
+    assert [clip[0] for clip in meta["train"] + meta["val"]] == ["good.npy"]
 
 
 def test_two_videos_of_one_stem_are_both_kept(here):
