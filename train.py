@@ -114,7 +114,7 @@ def start_processes(cfg):
     if on_gpu:
         torch.cuda.set_device(device)
     store, rank, world_size = next(dist.rendezvous("env://"))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":           # several nodes may count their restarts differently
         # After a restart torchrun's own store still holds the addresses of the processes that ended.
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
