@@ -4,12 +4,13 @@ A training pass holds every clip 1 + R times: copy s = 0 is clean, copies s = 1.
 `(b s t) c h w`: batch, copy, frame folded into one axis. Every query frame (s, t), clean or noised, sees itself
 and the clean frames before it; this one rule is all there is to the time axis, in the convolutions as in the
 attention. So a noised frame is denoised given its clean past, and all frames of the clip are trained in one pass.
+Time is mixed in the UNet's encoder alone; its decoder works on the frames to be denoised, each by itself.
 
     EDM   Karras et al. 2022, arXiv 2206.00364      EDM2  Karras et al. 2023, arXiv 2312.02696
 """
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +162,6 @@ class Sequence:
     frames: int
     cache: Cache = None
     commit: bool = False
-    noised_only: bool = False                               # nobody reads what becomes of the clean copy from here on
 
     @property
     def start(self):
@@ -170,9 +170,9 @@ class Sequence:
     def unfold(self, x):
         return rearrange(x, "(b s t) ... -> b s t ...", s=self.copies, t=self.frames)
 
-    def wanted(self, x):
-        """x (b s t) .. of the copies whose further activations somebody reads."""
-        return self.unfold(x)[:, 1:].flatten(0, 2) if self.noised_only else x
+    def noised(self, x):
+        """Of x b s t .. the frames to be denoised: b r t .., without the clean copy."""
+        return x if self.cache else x[:, 1:]
 
 
 @functools.lru_cache(maxsize=16)                            # all layers of a pass, and all training passes, share it
@@ -199,7 +199,7 @@ class CausalConv(MPWeight):
     def forward(self, x, scale, seq, gain=1.0):
         """x: (b s t) c_in h w; scale: (b s t) c_out, multiplied into the output -> (b s t) c_out h w."""
         weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
-        y = F.conv2d(seq.wanted(x), weight[0], padding=1)
+        y = F.conv2d(x, weight[0], padding=1)
         if self.kernel == 1:
             return y * scale[:, :, None, None]
         past = self.past(x, weight[1:], seq)
@@ -366,7 +366,8 @@ class Attention(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The UNet (EDM2 Figure 21, config G). Time is mixed in each block's first convolution and its attention.
+# The UNet (EDM2 Figure 21, config G). Time is mixed by the encoder, in each block's first convolution and attention.
+# The clean frames have no other reader, so the decoder, the larger half, is spared them.
 
 @dataclass
 class ModelConfig:
@@ -410,18 +411,18 @@ class ModelConfig:
 
 
 class Residual(nn.Module):
-    """The branch of a block: two convolutions, the first one causal, modulated by the noise embedding."""
+    """The branch of a block: two convolutions, the first one over `kernel` frames, modulated by the noise embedding."""
 
-    def __init__(self, c_in, c_out, c_emb, cfg):
+    def __init__(self, c_in, c_out, c_emb, kernel, dropout):
         super().__init__()
-        self.conv0 = CausalConv(c_in, c_out, cfg.temporal_kernel)
+        self.conv0 = CausalConv(c_in, c_out, kernel)
         self.emb = MPLinear(c_out, c_emb)
         self.emb_gain = nn.Parameter(torch.zeros(1))
         self.conv1 = MPConv(c_out, c_out, 3, 3)
-        self.dropout = cfg.dropout
+        self.dropout = dropout
 
     def forward(self, x, emb, seq):
-        scale = (1 + self.emb(seq.wanted(emb)) * self.emb_gain).to(x.dtype)
+        scale = (1 + self.emb(emb) * self.emb_gain).to(x.dtype)
         y = F.silu(self.conv0(F.silu(x), scale, seq, SILU_GAIN))
         return self.conv1(F.dropout(y, self.dropout, self.training), SILU_GAIN * BRANCH)
 
@@ -429,47 +430,48 @@ class Residual(nn.Module):
 class Block(nn.Module):
     """Resampling, residual branch, attention. An encoder block normalises its trunk, before the branch reads it."""
 
-    def __init__(self, c_in, c_out, c_emb, cfg, window, encoder=False, resample=None):
+    def __init__(self, c_in, c_out, c_emb, cfg, kernel, window=0, encoder=False, resample=None):
         super().__init__()
         self.encoder, self.resample = encoder, resample
         self.skip = MPConv(c_out, c_in, 1, 1) if c_in != c_out else nn.Identity()
-        self.residual = Residual(c_out if encoder else c_in, c_out, c_emb, cfg)
+        self.residual = Residual(c_out if encoder else c_in, c_out, c_emb, kernel, cfg.dropout)
         self.attention = Attention(c_out, cfg.head_dim, window) if window else None
 
     def forward(self, x, emb, seq):
         x = self.resample(x) if self.resample else x
+        trunk = self.skip(x)
         if self.encoder:
-            x = trunk = unit_rms(self.skip(x), 1)           # pixel norm
-        else:
-            trunk = self.skip(seq.wanted(x))
+            x = trunk = unit_rms(trunk, 1)                  # pixel norm
         x = torch.add(self.residual(x, emb, seq), trunk, alpha=TRUNK)
         return self.attention(x, seq) if self.attention else x
+
+
+ALONE = Sequence(copies=1, frames=1)                        # the layout where every frame is by itself
 
 
 class UNet(nn.Module):
     def __init__(self, c_io, cfg):
         super().__init__()
         levels = cfg.levels()
-        c, c_emb, self.recompute = levels[0][0], max(width for width, _ in levels), cfg.recompute
-
-        def block(c_in, c_out, window, **options):
-            return Block(c_in, c_out, c_emb, cfg, window, **options)
+        c, self.recompute = levels[0][0], cfg.recompute
+        block = functools.partial(Block, c_emb=max(width for width, _ in levels), cfg=cfg)
+        over_time, by_frame = cfg.temporal_kernel, 1
         self.stem = MPConv(c, c_io + 1, 3, 3)               # + 1: a channel of ones stands in for biases
         self.encoder, self.decoder, skips = nn.ModuleList(), nn.ModuleList(), [c]
         for i, (width, window) in enumerate(levels):
             if i > 0:
-                self.encoder.append(block(c, c, 0, encoder=True, resample=nn.AvgPool2d(2)))
+                self.encoder.append(block(c, c, kernel=over_time, encoder=True, resample=nn.AvgPool2d(2)))
                 skips.append(c)
             for _ in range(cfg.blocks_per_level):
-                self.encoder.append(block(c, width, window, encoder=True))
+                self.encoder.append(block(c, width, kernel=over_time, window=window, encoder=True))
                 skips.append(c := width)
-        self.middle = nn.ModuleList([block(c, c, window), block(c, c, 0)])
+        self.middle = nn.ModuleList([block(c, c, kernel=over_time, window=window), block(c, c, kernel=over_time)])
         for i, (width, window) in reversed([*enumerate(levels)]):
             for _ in range(cfg.blocks_per_level + 1):
-                self.decoder.append(block(c + skips.pop(), width, window))
+                self.decoder.append(block(c + skips.pop(), width, kernel=by_frame, window=min(window, 1)))
                 c = width
             if i > 0:
-                self.decoder.append(block(c, c, 0, resample=nn.Upsample(scale_factor=2)))
+                self.decoder.append(block(c, c, kernel=by_frame, resample=nn.Upsample(scale_factor=2)))
         self.head = MPConv(c_io, c, 3, 3)
         self.head_gain = nn.Parameter(torch.zeros(1))
 
@@ -479,21 +481,21 @@ class UNet(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def forward(self, x, emb, seq):
-        """x: (b s t) c h w, emb: (b s t) e -> (b s t) c h w of the noised copies (with a cache: of all frames)."""
-        x = self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))
-        skips = [x]
+    def encode(self, x, emb, seq):
+        """x: (b s t) c h w, emb: (b s t) e -> what the decoder reads: the outputs of stem, encoder, middle."""
+        outputs = [self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
         for block in self.encoder:
-            x = self.run(block, x, emb, seq)
-            skips.append(x)
+            outputs.append(self.run(block, outputs[-1], emb, seq))
+        x = outputs[-1]
         for block in self.middle:
             x = self.run(block, x, emb, seq)
+        return [*outputs, x]
+
+    def forward(self, x, emb, seq):
+        """x: (b s t) c h w, emb: (b s t) e -> (b r t) c h w of the frames to be denoised."""
+        *skips, x, emb = (seq.noised(seq.unfold(z)).flatten(0, 2) for z in (*self.encode(x, emb, seq), emb))
         for block in self.decoder:
-            if seq.cache is None and block is self.decoder[-1] and not block.attention:
-                seq = replace(seq, noised_only=True)
-            x = self.run(block, x if block.resample else mp_cat(x, skips.pop()), emb, seq)
-        if seq.cache is None and not seq.noised_only:       # the last block's attention read the clean copy
-            x = seq.unfold(x)[:, 1:].flatten(0, 2)
+            x = self.run(block, x if block.resample else mp_cat(x, skips.pop()), emb, ALONE)
         return self.head(x) * self.head_gain
 
 
@@ -531,31 +533,36 @@ class Denoiser(nn.Module):
         return self.denoise(x, sigma, actions, seq), self.log_variance(sigma[:, 1:])
 
     @torch.no_grad()
-    def step(self, x, sigma, cache, actions=None, commit=False):
-        """The incremental pass. x: b t c h w and sigma: b t, frames that follow those in the cache.
-        Noised frames come one at a time; with `commit` the t frames are clean, and the cache reads them in.
-        -> D: b t c h w."""
-        x, sigma = x[:, None], sigma[:, None]
-        self.check(x, sigma, actions, copies=1)
-        if x.shape[2] > 1 and not commit:
-            raise ValueError(f"{x.shape[2]} noised frames given: they are denoised one at a time")
-        seq = Sequence(copies=1, frames=x.shape[2], cache=cache, commit=commit)
-        out = self.denoise(x, sigma, actions, seq)[:, 0]
-        cache.position += x.shape[2] if commit else 0
-        return out
+    def step(self, x, sigma, cache, actions=None):
+        """The incremental pass of one noised frame that follows those in the cache.
+        x: b 1 c h w; sigma: b 1 -> D: b 1 c h w."""
+        if x.shape[1] != 1:
+            raise ValueError(f"{x.shape[1]} noised frames given: they are denoised one at a time")
+        self.check(x[:, None], sigma[:, None], actions, copies=1)
+        return self.denoise(x[:, None], sigma[:, None], actions, Sequence(1, 1, cache))[:, 0]
+
+    @torch.no_grad()
+    def read(self, x, sigma, cache, actions=None):
+        """Writes clean frames into the cache, behind those in it. x: b t c h w; sigma: b t, their noise levels."""
+        self.check(x[:, None], sigma[:, None], actions, copies=1)
+        seq = Sequence(1, x.shape[1], cache, commit=True)
+        self.unet.encode(*self.unet_inputs(x[:, None], sigma[:, None], actions), seq)
+        cache.position += x.shape[1]
+
+    def unet_inputs(self, x, sigma, actions):
+        """The frames with unit variance, folded, (b s t) c h w, and what is told of them, (b s t) e."""
+        n, c_in = self.cfg.patch_size, (sigma ** 2 + self.cfg.sigma_data ** 2).rsqrt()
+        folded = rearrange(x * c_in[..., None, None, None], "b s t c (h y) (w x) -> (b s t) (c y x) h w", y=n, x=n)
+        return folded.to(self.dtype), self.embed(sigma, actions).flatten(0, 2)
 
     def denoise(self, x, sigma, actions, seq):
-        """EDM's preconditioning (EDM Table 1), copies without a reader left out of the result."""
+        """EDM's preconditioning (EDM Table 1). x: b s t c h w -> D of the frames to be denoised, b r t c h w."""
         n, sd = self.cfg.patch_size, self.cfg.sigma_data
-        emb = self.embed(sigma, actions).flatten(0, 2)
+        f = self.unet(*self.unet_inputs(x, sigma, actions), seq).float()
+        x, sigma = seq.noised(x), seq.noised(sigma)
+        f = rearrange(f, "(b r t) (c y x) h w -> b r t c (h y) (w x)", r=x.shape[1], t=x.shape[2], y=n, x=n)
         c_in = (sigma ** 2 + sd ** 2).rsqrt()[..., None, None, None]
-        folded = rearrange(x * c_in, "b s t c (h y) (w x) -> (b s t) (c y x) h w", y=n, x=n).to(self.dtype)
-        f = self.unet(folded, emb, seq).float()
-        if seq.cache is None:
-            x, sigma, c_in = x[:, 1:], sigma[:, 1:], c_in[:, 1:]
-        f = rearrange(f, "(b s t) (c y x) h w -> b s t c (h y) (w x)", y=n, x=n, s=x.shape[1], t=seq.frames)
-        c_out = sigma[..., None, None, None] * sd * c_in
-        return x * (sd * c_in) ** 2 + f * c_out
+        return x * (sd * c_in) ** 2 + f * (sigma[..., None, None, None] * sd * c_in)
 
     def embed(self, sigma, actions):
         """What every block is told about a frame, its noise level and its action: b s t e."""

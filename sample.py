@@ -147,10 +147,11 @@ class Rollout:
     def denoise(self, action, x, sigma):
         """D(x, sigma) given the past; with history guidance, extrapolated from the D of a frame that has none, which
         the model has learnt from every clip's first."""
-        given_past = self.pass_through(x[:, None], sigma, action, self.cache)[:, 0]
+        x, sigma = x[:, None], x.new_full((len(x), 1), sigma)
+        given_past = self.model.step(x, sigma, self.cache, action)[:, 0]
         if self.guidance == 1 or self.cache.position == 0:
             return given_past
-        return torch.lerp(self.pass_through(x[:, None], sigma, action, self.no_past)[:, 0], given_past, self.guidance)
+        return torch.lerp(self.model.step(x, sigma, self.no_past, action)[:, 0], given_past, self.guidance)
 
     def read(self, x, actions):
         """Writes finished frames b t c h w into the caches, at the level of noise that training gave its context."""
@@ -159,11 +160,7 @@ class Rollout:
             noise = [torch.randn(self.shape, generator=seeded(self.device, self.seed, t, 1), device=self.device)
                      for t in positions]
             x = x + self.context_noise * torch.stack(noise, dim=1)
-        self.pass_through(x, self.context_noise, actions, self.cache, commit=True)
-
-    def pass_through(self, x, sigma, actions, cache, commit=False):
-        """One evaluation of frames b t c h w, all at noise level `sigma`, that follow those read so far."""
-        return self.model.step(x, torch.full(x.shape[:2], sigma, device=x.device), cache, actions, commit)
+        self.model.read(x, x.new_full(x.shape[:2], self.context_noise), self.cache, actions)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -207,7 +204,7 @@ def reconstruct_ema(folder, step, width):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints.
 
-VERSION = 2                                                 # of checkpoints; a new one when old ones cannot be read
+VERSION = 3                                                 # of checkpoints; a new one when old ones cannot be read
 WEIGHT_KEYS = ("version", "step", "settings", "model_config", "stats", "model")          # all that sampling needs
 CHECKPOINT_KEYS = (*WEIGHT_KEYS, "optimizer", "ema", "recent")
 

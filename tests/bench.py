@@ -314,8 +314,7 @@ def read_frames(model, n, device):
     """A cache that holds n frames, read one by one as a rollout does."""
     cache = Cache()
     for _ in range(n):
-        model.step(torch.randn(1, 1, *model.cfg.frame_shape, device=device), torch.zeros(1, 1, device=device), cache,
-                   commit=True)
+        model.read(torch.randn(1, 1, *model.cfg.frame_shape, device=device), torch.zeros(1, 1, device=device), cache)
     return cache
 
 

@@ -4,7 +4,6 @@ In training mode `forward` is the regime's own pass; in eval mode it denoises ev
 does. Both take what train.clean_and_noised returns: x b (1 + r) t c h w, copy 0 clean, and sigma b (1 + r) t.
 Two regimes never saw a clean past in training: it is told to them with a noise level, of `TOLD`, that serves them.
 """
-import itertools
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +13,7 @@ from einops import rearrange
 
 import sample
 import train
-from model import Attention, Block, Cache, CausalConv, Denoiser, MPConv, Sequence, border_gain, rotate
+from model import Attention, CausalConv, Denoiser, MPConv, Sequence, border_gain, rotate
 
 TOLD = (0.0, 0.05, 0.1, 0.2)
 
@@ -22,7 +21,18 @@ TOLD = (0.0, 0.05, 0.1, 0.2)
 # ---------------------------------------------------------------------------------------------------
 # Ours, and what all share.
 
-ONE_COPY = Cache()              # in a Sequence: all its frames are wanted back, and nothing is to be remembered
+class OneCopy(Sequence):
+    """One copy of every clip, noised or not, all of it wanted back."""
+
+    def noised(self, x):
+        return x
+
+
+class OneCopyOfLast(OneCopy):
+    """... of which only the last frame is wanted back."""
+
+    def noised(self, x):
+        return x[:, :, -1:]
 
 
 class Ours(Denoiser):
@@ -31,44 +41,20 @@ class Ours(Denoiser):
     def loss(self, clips, actions, noise, cfg):
         return train.loss_of(self, clips, actions, noise, cfg)
 
-    def one_copy(self, x, sigma, actions):
+    def one_copy(self, x, sigma, actions, layout=OneCopy):
         """Every copy by itself, noised or not. x: b r t c h w; sigma: b r t -> D: b r t c h w."""
         r, t = x.shape[1:3]
         actions = None if actions is None else actions.repeat_interleave(r, 0)
         x, sigma = (rearrange(z, "b r t ... -> (b r) 1 t ...") for z in (x, sigma))
-        return rearrange(self.denoise(x, sigma, actions, Sequence(1, t, ONE_COPY)), "(b r) 1 ... -> b r ...", r=r)
-
-
-def replace_layers(model, kinds):
-    """The model's layers of the types in `kinds` become subclasses, which keep their weights."""
-    for module in model.modules():
-        module.__class__ = kinds.get(type(module), type(module))
+        return rearrange(self.denoise(x, sigma, actions, layout(1, t)), "(b r) 1 ... -> b r ...", r=r)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Independent noise (Diffusion Forcing, Chen et al. 2024): frames see the noised frames before them. Last frame only:
-# the same pass, its past clean. What the last frame does not need behind the last attention is not computed.
-
-def without_cache(seq):
-    return Sequence(1, seq.frames) if seq.cache is ONE_COPY else seq
-
-
-class OneCopyConv(CausalConv):
-    def forward(self, x, scale, seq, gain=1.0):
-        return super().forward(x, scale, without_cache(seq), gain)
-
-
-class OneCopyAttention(Attention):
-    def attend(self, qkv, seq):
-        return super().attend(qkv, without_cache(seq))
-
+# the same pass, its past clean; the decoder, which does not mix time, works on the last frame alone.
 
 class Independent(Ours):
     told = TOLD
-
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        replace_layers(self, {CausalConv: OneCopyConv, Attention: OneCopyAttention})
 
     def forward(self, x, sigma, actions=None):
         if self.training:
@@ -76,37 +62,18 @@ class Independent(Ours):
         past_sigma = torch.full_like(sigma[:, :1], self.past_sigma)
         return super().forward(x, torch.cat([past_sigma, sigma[:, 1:]], dim=1), actions)
 
-    def step(self, x, sigma, cache, actions=None, commit=False):
-        return super().step(x, sigma.clamp(min=self.past_sigma) if commit else sigma, cache, actions, commit)
-
-
-class TailBlock(Block):
-    """A block behind the last attention, of which only the last `wanted` frames are read; the others become zeros."""
-
-    def forward(self, x, emb, seq):
-        if seq.cache is not ONE_COPY:
-            return super().forward(x, emb, seq)
-        n = min(seq.frames, self.wanted + self.residual.conv0.kernel - 1)
-        x, emb = (rearrange(z, "(b t) ... -> b t ...", t=seq.frames)[:, -n:].flatten(0, 1) for z in (x, emb))
-        y = rearrange(super().forward(x, emb, Sequence(1, n, ONE_COPY)), "(b t) ... -> b t ...", t=n)
-        return F.pad(y, (0, 0, 0, 0, 0, 0, seq.frames - n, 0)).flatten(0, 1)
+    def read(self, x, sigma, cache, actions=None):
+        super().read(x, sigma.clamp(min=self.past_sigma), cache, actions)
 
 
 class LastFrame(Ours):
-    def __init__(self, cfg):
-        super().__init__(cfg)
-        replace_layers(self, {CausalConv: OneCopyConv, Attention: OneCopyAttention})
-        tail = itertools.takewhile(lambda block: block.attention is None, reversed(self.unet.decoder))
-        for i, block in enumerate(tail):
-            block.__class__, block.wanted = TailBlock, 1 + i * (cfg.temporal_kernel - 1)
-
     def loss(self, clips, actions, noise, cfg):
         """Of the last frame; clips: b t c h w, the noise as for all frames."""
         def denoise_last(x, sigma, actions):
             """x: b 2 1 c h w, clean and noised last frame; sigma: b 2 1 -> D: b 1 1 c h w, u: b 1 1."""
             frames = torch.cat([clips[:, None, :-1], x[:, 1:]], dim=2)
             sigmas = F.pad(sigma[:, 1:], (clips.shape[1] - 1, 0))
-            return self.one_copy(frames, sigmas, actions)[:, :, -1:], self.log_variance(sigmas)[:, :, -1:]
+            return self.one_copy(frames, sigmas, actions, OneCopyOfLast), self.log_variance(sigmas)[:, :, -1:]
         return train.loss_of(denoise_last, clips[:, -1:], actions, [z[:, :, -1:] for z in noise], cfg)
 
 
@@ -137,7 +104,9 @@ class WholeClip(Ours):
 
     def __init__(self, cfg):
         super().__init__(replace(cfg, temporal_kernel=3))
-        replace_layers(self, {CausalConv: BothWaysConv, Attention: BothWaysAttention})
+        kinds = {CausalConv: BothWaysConv, Attention: BothWaysAttention}
+        for module in (*self.unet.encoder.modules(), *self.unet.middle.modules()):
+            module.__class__ = kinds.get(type(module), type(module))            # and keeps its weights
 
     def loss(self, clips, actions, noise, cfg):
         z, eps = noise
@@ -190,7 +159,7 @@ class Stacked(Ours):
         """x: b r t c h w; past: b 1 t (k c) h w, newest first; sigma: b r t -> D: b r t c h w."""
         sd, (r, t) = self.cfg.sigma_data, x.shape[1:3]
         past = past * ((sigma ** 2 + sd ** 2).sqrt() / sd)[..., None, None, None]        # `denoise` divides by it
-        denoised = self.denoise(torch.cat([x, past], dim=3), sigma, actions, Sequence(r, t, ONE_COPY))
+        denoised = self.denoise(torch.cat([x, past], dim=3), sigma, actions, OneCopy(r, t))
         return denoised[:, :, :, :self.frame_channels]
 
     def forward(self, x, sigma, actions=None):
@@ -199,14 +168,18 @@ class Stacked(Ours):
         past = torch.cat([padded[:, :, self.k - j:][:, :, :t] for j in range(1, self.k + 1)], dim=3)
         return self.denoise_given(x[:, 1:], past, sigma[:, 1:], actions), self.log_variance(sigma[:, 1:])
 
+    def past_frames(self, x, cache):
+        return cache.of(self, (len(x), self.k, *x.shape[2:]), x)
+
     @torch.no_grad()
-    def step(self, x, sigma, cache, actions=None, commit=False):
-        past = cache.of(self, (len(x), self.k, *x.shape[2:]), x)
-        if commit:
-            past.copy_(torch.cat([past, x], dim=1)[:, -self.k:])
-            cache.position += x.shape[1]
-            return x
-        newest_first = rearrange(past.flip(1), "b k c h w -> b 1 1 (k c) h w")
+    def read(self, x, sigma, cache, actions=None):
+        past = self.past_frames(x, cache)
+        past.copy_(torch.cat([past, x], dim=1)[:, -self.k:])
+        cache.position += x.shape[1]
+
+    @torch.no_grad()
+    def step(self, x, sigma, cache, actions=None):
+        newest_first = rearrange(self.past_frames(x, cache).flip(1), "b k c h w -> b 1 1 (k c) h w")
         return self.denoise_given(x[:, None], newest_first, sigma[:, None], actions)[:, 0]
 
 

@@ -151,7 +151,7 @@ def test_a_rollouts_step_is_the_evaluations_pass(model_of, name):
     for t in range(6):
         denoised = model.step(x[:, 1, t:t + 1], sigma[:, 1, t:t + 1], cache)[:, 0]
         assert torch.allclose(denoised, expected[:, t], atol=1e-4)
-        model.step(x[:, 0, t:t + 1], torch.zeros(2, 1), cache, commit=True)
+        model.read(x[:, 0, t:t + 1], torch.zeros(2, 1), cache)
 
 
 # ------------------------------------------------------------------------------------------------

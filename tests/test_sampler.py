@@ -165,16 +165,16 @@ def take(rollout, n):
     return torch.stack([next(rollout) for _ in range(n)], dim=1)
 
 
-def record_steps(model, monkeypatch):
-    """[(x, sigma, commit, D)] of every step taken from here on."""
-    steps, step = [], model.step
+def record(model, name, monkeypatch):
+    """[(x, sigma, what it returned)] of every call of the model's method from here on."""
+    calls, method = [], getattr(model, name)
 
-    def recorded(x, sigma, cache, actions=None, commit=False):
-        out = step(x, sigma, cache, actions, commit)
-        steps.append((x.clone(), sigma.clone(), commit, out))
+    def recorded(x, sigma, *others):
+        out = method(x, sigma, *others)
+        calls.append((x.clone(), sigma.clone(), out))
         return out
-    monkeypatch.setattr(model, "step", recorded)
-    return steps
+    monkeypatch.setattr(model, name, recorded)
+    return calls
 
 
 def test_a_rollout_is_a_function_of_its_seed_and_context(model, context):
@@ -197,9 +197,9 @@ def test_a_frame_is_a_function_of_seed_position_and_past_however_the_past_came_a
 
 
 def test_every_frame_starts_from_noise_of_its_own(model, context, monkeypatch):
-    steps = record_steps(model, monkeypatch)
+    steps = record(model, "step", monkeypatch)
     take(Rollout(model, context, LEVELS, seed=5), 15)
-    starts = torch.cat([x for x, sigma, commit, _ in steps if not commit and sigma[0, 0] == LEVELS[0]])
+    starts = torch.cat([x for x, sigma, _ in steps if sigma[0, 0] == LEVELS[0]])
     starts = starts.flatten(1) / LEVELS[0]
     assert starts.shape == (30, 16)
     assert starts.std().item() == pytest.approx(1, abs=0.1)
@@ -212,10 +212,10 @@ def test_a_rollout_denoises_as_the_training_pass_does_given_the_same_past(contex
     the training pass over all frames gives the same estimates."""
     model = small_model(action_dim=3)
     actions = torch.randint(3, (2, 4 + 5 * WINDOW), generator=torch.Generator().manual_seed(2))
-    steps = record_steps(model, monkeypatch)
+    steps = record(model, "step", monkeypatch)
     made = torch.stack(list(Rollout(model, context, LEVELS, actions=actions)), dim=1)
     assert made.shape == (2, 5 * WINDOW, 1, 4, 4)
-    last = [step for step, following in zip(steps, steps[1:]) if following[2]]
+    last = [step for step in steps if step[1][0, 0] == LEVELS[-2]]
     assert len(last) == made.shape[1]
     assert torch.allclose(torch.cat([out for *_, out in last], dim=1), made, rtol=0, atol=1e-5)
     clean = torch.cat([context, made], dim=1)
@@ -264,7 +264,7 @@ def test_history_guidance_extrapolates_from_a_frame_without_a_past(model, contex
     x = LEVELS[0] * torch.randn(2, 1, 4, 4, generator=seeded(CPU, 0, 4))
     sigma = torch.full((2, 1), LEVELS[0])
     cache = Cache()
-    model.step(context, torch.zeros(2, 4), cache, commit=True)
+    model.read(context, torch.zeros(2, 4), cache)
     past, alone = (model.step(x[:, None], sigma, c)[:, 0] for c in (cache, Cache()))
     assert (past - alone).abs().max() > 1e-3
     for weight in (0.0, 1.0, 1.5):
@@ -329,12 +329,11 @@ def test_the_caches_never_grow_and_never_move(model, context):
 
 
 def test_the_past_is_read_with_the_context_noise_and_the_frames_are_given_without(model, context, monkeypatch):
-    steps = record_steps(model, monkeypatch)
+    reads = record(model, "read", monkeypatch)
     rollout = Rollout(model, context, LEVELS, context_noise=0.3)
     made = take(rollout, 20)
-    reads = [(x, sigma) for x, sigma, commit, _ in steps if commit]
-    assert all((sigma == 0.3).all() for _, sigma in reads)
-    added = torch.cat([x for x, _ in reads], dim=1) - torch.cat([context, made], dim=1)
+    assert all((sigma == 0.3).all() for _, sigma, _ in reads)
+    added = torch.cat([x for x, *_ in reads], dim=1) - torch.cat([context, made], dim=1)
     assert added.std().item() == pytest.approx(0.3, rel=0.1)
     assert len(added[:, :, 0, 0, 0].unique()) == 2 * 24                 # fresh for every frame
     assert torch.equal(take(Rollout(model, context, LEVELS, context_noise=0.3), 3), made[:, :3])
@@ -342,11 +341,10 @@ def test_the_past_is_read_with_the_context_noise_and_the_frames_are_given_withou
 
 
 def test_without_context_noise_the_past_is_read_as_it_is(model, context, monkeypatch):
-    steps = record_steps(model, monkeypatch)
+    reads = record(model, "read", monkeypatch)
     made = take(Rollout(model, context, LEVELS), 2)
-    reads = [(x, sigma) for x, sigma, commit, _ in steps if commit]
-    assert torch.equal(torch.cat([x for x, _ in reads], dim=1), torch.cat([context, made], dim=1))
-    assert all((sigma == 0).all() for _, sigma in reads)
+    assert torch.equal(torch.cat([x for x, *_ in reads], dim=1), torch.cat([context, made], dim=1))
+    assert all((sigma == 0).all() for _, sigma, _ in reads)
 
 
 # ------------------------------------------------------------------------------------------------
