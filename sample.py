@@ -50,7 +50,7 @@ data_dir = ""               # folder of the data; empty: the one used in trainin
 # -- how to sample
 solver = "euler"            # euler: n steps cost n evaluations; heun: 2 n - 1; both 1 more to read the frame in
 steps = 4                   # steps per frame
-sigma_min = 0.05            # last noise level before 0
+sigma_min = 0.25            # last noise level before 0; with few steps, a small one leaves a haze that grows
 sigma_max = 40.0            # first noise level
 rho = 7.0                   # spacing of the noise levels: larger puts more of them near sigma_min
 churn = 0.0                 # fresh noise per frame (S_churn); 0 is the deterministic sampler
@@ -81,7 +81,7 @@ def seeded(device, *key):
 # ---------------------------------------------------------------------------------------------------
 # The sampler (EDM Algorithm 2): reverse diffusion of one frame, with any denoiser D(x, sigma).
 
-def noise_levels(steps, sigma_min, sigma_max, rho):
+def noise_levels(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho):
     """sigma_0 > .. > sigma_{steps-1}, then 0 (EDM Eq. 5)."""
     ramp = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho
     return [*ramp.tolist(), 0.0]

@@ -264,7 +264,7 @@ def draw_picture(path, model, source, stats, cfg, device):
     """Held-out clips, each above a rollout from its first frames."""
     clips, actions = load_batch(source, range(4))
     length = min(cfg.picture_frames, source.frames)
-    settings = {"levels": sample.noise_levels(cfg.picture_steps, 0.05, 40, 7), "seed": cfg.seed,
+    settings = {"levels": sample.noise_levels(cfg.picture_steps), "seed": cfg.seed,
                 "context_noise": cfg.context_noise / 2}
     made = sample.roll_out(model, clips.to(device), cfg.eval_context, length, stats, settings,
                            None if actions is None else actions.to(device))
