@@ -88,7 +88,7 @@ eval_clips = 32                 # held-out clips per evaluation
 eval_sigmas = (0.1, 0.3, 1.0, 3.0, 10.0)    # noise levels of the error table
 eval_context = 4                # frames of context from which the table's second column counts, and pictures start
 picture_frames = 16             # frames in the pictures, the given ones included
-picture_steps = 4               # Euler steps per frame in the pictures
+picture_steps = 6               # Euler steps per frame in the pictures
 # -- system
 seed = 0                        # of weights, data and noise
 device = "auto"                 # auto, cpu, cuda, ..

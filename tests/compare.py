@@ -57,7 +57,7 @@ samples = 10                    # samples per clip, for their mean and the best 
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = dict(vars(train)) | read_file(str(ROOT / "config/mnist.py"))
-SAMPLER = {"levels": sample.noise_levels(4), "seed": 0}
+SAMPLER = {"levels": sample.noise_levels(6), "seed": 0}
 
 
 # ---------------------------------------------------------------------------------------------------

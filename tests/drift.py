@@ -32,8 +32,8 @@ given = 4                       # given frames of each
 every = 20                      # frames between rows of the printed table
 # -- how to sample: a rollout for each combination
 solver = ("euler",)             # euler, heun
-steps = (4,)                    # steps per frame
-sigma_min = (0.25,)             # last noise level before 0
+steps = (6,)                    # steps per frame
+sigma_min = (0.2,)              # last noise level before 0
 sigma_max = (40.0,)             # first noise level
 context_noise = (0.05,)         # noise levels at which the past is read
 guidance = (1.0,)               # history guidance; 1 is none
