@@ -27,7 +27,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import GifImagePlugin, Image
 from tqdm import tqdm
 
 from config import UserError, run
@@ -271,7 +271,7 @@ def compute_dtype(device):
 
 # ---------------------------------------------------------------------------------------------------
 # Writers. They take frames as these are made, uint8 n c h w each, n samples side by side; the first `given` ones get a
-# bright border. A film is encoded frame by frame; the other formats need all frames before they can begin.
+# bright border. GIFs and films are encoded frame by frame; the other formats need all frames before they can begin.
 
 GIVEN_COLOUR, MADE_COLOUR = (255, 160, 0), (48, 48, 48)
 
@@ -311,10 +311,13 @@ def write_sheet(file, frames, given, scale, fps):
 def write_gif(file, frames, given, scale, fps):
     """An endless GIF. Its clock counts hundredths of a second: each frame ends at the nearest one, so that a rate
     such as 30 frames per second holds over the whole."""
-    pictures = [Image.fromarray(picture) for picture in tiled(frames, given, scale)]
-    ends = np.rint(100 / fps * np.arange(len(pictures) + 1)).astype(int)
-    pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], loop=0,
-                     duration=(10 * np.diff(ends)).tolist())
+    for t, picture in enumerate(tiled(frames, given, scale)):
+        picture = Image.fromarray(picture).convert("P", palette=Image.Palette.ADAPTIVE)
+        if t == 0:
+            file.writelines(GifImagePlugin.getheader(picture, info={"loop": 0})[0])
+        duration = 10 * (round(100 * (t + 1) / fps) - round(100 * t / fps))             # milliseconds
+        file.writelines(GifImagePlugin.getdata(picture, duration=duration, include_color_table=True))
+    file.write(b";")
 
 
 def write_film(file, frames, given, scale, fps, kind, codec):

@@ -1,5 +1,6 @@
 """The sampler: Heun's method against exact solutions, rollouts, averaged weights of any width, and the writers."""
 
+import io
 import math
 from functools import partial
 
@@ -24,6 +25,7 @@ from sample import (
     reverse_diffusion,
     roll_out,
     seeded,
+    write_gif,
 )
 from train import PowerEMA
 
@@ -471,6 +473,18 @@ def test_a_gif_plays_for_ever(tmp_path, videos):
     write(tmp_path / "a.gif", videos)
     with Image.open(tmp_path / "a.gif") as file:
         assert file.info["loop"] == 0
+
+
+def test_a_gif_is_written_as_its_frames_are_made(videos):
+    """So that a long rollout takes no more memory than a short one."""
+    file, written = io.BytesIO(), []
+
+    def frames():
+        for frame in videos.swapaxes(0, 1):
+            written.append(file.tell())
+            yield frame
+    write_gif(file, frames(), given=0, scale=4, fps=10)
+    assert len(set(written)) == len(written) == 5
 
 
 def test_a_gif_of_many_videos_has_rows_of_eight(tmp_path):
