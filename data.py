@@ -306,8 +306,8 @@ MOVES = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])            # (y, x)
 
 
 class CanvasWorld:
-    """A canvas strewn with digits, seen through a window that the actions move by cfg.speed[0] pixels; at the
-    canvas's edge it stays. Action t led to frame t; the first is to stay. Walks often turn back."""
+    """A canvas strewn with digits, seen through a window that the actions move by cfg.speed[0] pixels, never beyond the
+    canvas's edge. Action t led to frame t; the first is to stay. Walks often turn back."""
 
     def __init__(self, cfg, split):
         check_digits(cfg, split)
@@ -327,22 +327,24 @@ class CanvasWorld:
         return canvas
 
     def walk(self, rng):
-        """Actions t: seven times out of ten the last one again, else the way back or any."""
-        back, actions = [0, 2, 1, 4, 3], [0]
+        """(y, x) of the window in every frame, in moves, and the actions that led there, t each: the last move goes on,
+        is taken back, or any action follows, and what would leave the canvas is drawn again."""
+        back, edge, last = (0, 2, 1, 4, 3), self.free // self.move, rng.integers(1, len(MOVES))
+        places, actions = [rng.integers(0, edge + 1, 2)], [0]
         while len(actions) < self.frames:
-            choices = (actions[-1], back[actions[-1]], int(rng.integers(len(MOVES))))
-            actions.append(choices[rng.choice(3, p=(0.7, 0.1, 0.2))])
-        return np.array(actions)
+            action = rng.choice((last, back[last], rng.integers(len(MOVES))), p=(0.55, 0.2, 0.25))
+            place = places[-1] + MOVES[action]
+            if 0 <= place.min() and place.max() <= edge:
+                places.append(place)
+                actions.append(action)
+                last = action or last
+        return places, np.array(actions)
 
     def clip(self, index):
         """Clip `index` as (uint8 (t, 1, h, w), actions (t,))."""
         rng, size = np.random.default_rng((*self.stream, index)), self.cfg.frame_size
-        canvas, actions = self.canvas(rng), self.walk(rng)
-        place, frames = rng.integers(0, self.free // self.move + 1, 2) * self.move, []
-        for action in actions:
-            place = (place + self.move * MOVES[action]).clip(0, self.free // self.move * self.move)
-            frames.append(canvas[None, place[0]:place[0] + size, place[1]:place[1] + size])
-        return np.stack(frames), actions
+        canvas, (places, actions) = self.canvas(rng), self.walk(rng)
+        return np.stack([canvas[None, y:y + size, x:x + size] for y, x in self.move * np.array(places)]), actions
 
 
 # ---------------------------------------------------------------------------------------------------

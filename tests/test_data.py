@@ -346,9 +346,11 @@ def test_a_worlds_frames_are_windows_of_one_canvas_that_the_actions_move(bank, c
         for y, x in itertools.product(range(0, 25, 4), repeat=2):               # where might it have begun?
             canvas, seen, place, fits = np.full((40, 40), -1), {}, np.array([y, x]), True
             for t, (frame, action) in enumerate(zip(frames[:, 0], actions)):
-                place = (place + steps[action]).clip(0, 24)
+                place = place + steps[action]                                   # and never leaves the canvas
                 window = canvas[place[0]:place[0] + 16, place[1]:place[1] + 16]
-                fits = fits and ((window == -1) | (window == frame)).all()
+                fits = place.min() >= 0 and place.max() <= 24 and ((window == -1) | (window == frame)).all()
+                if not fits:
+                    break
                 window[:] = frame
                 seen.setdefault(tuple(place), []).append(t)
             found += [seen] if fits else []
