@@ -327,12 +327,13 @@ class CanvasWorld:
         return canvas
 
     def walk(self, rng):
-        """(y, x) of the window in every frame, in moves, and the actions that led there, t each: the last move goes on,
-        is taken back, or any action follows, and what would leave the canvas is drawn again."""
+        """(y, x) of the window in every frame, in moves, and the actions that led there, t each: the last action again,
+        the last move, the way back, or any; what would leave the canvas is drawn again."""
         back, edge, last = (0, 2, 1, 4, 3), self.free // self.move, rng.integers(1, len(MOVES))
         places, actions = [rng.integers(0, edge + 1, 2)], [0]
         while len(actions) < self.frames:
-            action = rng.choice((last, back[last], rng.integers(len(MOVES))), p=(0.55, 0.2, 0.25))
+            choices = (actions[-1], last, back[last], rng.integers(len(MOVES)))
+            action = rng.choice(choices, p=(0.3, 0.25, 0.2, 0.25))
             place = places[-1] + MOVES[action]
             if 0 <= place.min() and place.max() <= edge:
                 places.append(place)

@@ -4,13 +4,13 @@ A training pass holds every clip 1 + R times: copy s = 0 is clean, copies s = 1.
 `(b s t) c h w`: batch, copy, frame folded into one axis. Every query frame (s, t), clean or noised, sees itself
 and the clean frames before it; this one rule is all there is to the time axis, in the convolutions as in the
 attention. So a noised frame is denoised given its clean past, and all frames of the clip are trained in one pass.
-Time is mixed in the UNet's encoder alone; its decoder works on the frames to be denoised, each by itself.
+Time is mixed in the UNet's encoder and middle; its decoder works on the frames to be denoised, each by itself.
 
     EDM   Karras et al. 2022, arXiv 2206.00364      EDM2  Karras et al. 2023, arXiv 2312.02696
 """
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -157,11 +157,13 @@ class Cache:
 @dataclass
 class Sequence:
     """The layout `(b s t)` of a pass. Without a cache: s = copies, copy 0 clean, t from the first frame on.
-    With one: one copy, t from the cache's position on; `commit` says that the frames are clean, to be kept."""
+    With one: one copy, t from the cache's position on; `commit` says that the frames are clean, to be kept. `last` says
+    that the layer is the last one that mixes time: clean frames have no reader behind it, and go no further."""
     copies: int
     frames: int
     cache: Cache = None
     commit: bool = False
+    last: bool = False
 
     @property
     def start(self):
@@ -171,8 +173,12 @@ class Sequence:
         return rearrange(x, "(b s t) ... -> b s t ...", s=self.copies, t=self.frames)
 
     def noised(self, x):
-        """Of x b s t .. the frames to be denoised: b r t .., without the clean copy."""
-        return x if self.cache else x[:, 1:]
+        """Of x b s t .. the frames to be denoised: b r t .., without clean ones."""
+        return x[:, int(not self.cache or self.commit):]
+
+    def going_on(self, x):
+        """Of x b s t .. what the next layer reads."""
+        return self.noised(x) if self.last else x
 
 
 @functools.lru_cache(maxsize=16)                            # all layers of a pass, and all training passes, share it
@@ -197,29 +203,28 @@ class CausalConv(MPWeight):
         self.kernel = kernel
 
     def forward(self, x, scale, seq, gain=1.0):
-        """x: (b s t) c_in h w; scale: (b s t) c_out, multiplied into the output -> (b s t) c_out h w."""
+        """x: (b s t) c_in h w; scale: (b s t) c_out, multiplied into the output -> of those going on, as x."""
         weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
-        y = F.conv2d(x, weight[0], padding=1)
-        if self.kernel == 1:
-            return y * scale[:, :, None, None]
-        past = self.past(x, weight[1:], seq)
-        y, scale = (rearrange(z, "(b s t) ... -> b s t ...", b=len(past), t=seq.frames) for z in (y, scale))
-        scale = scale * past_gain(seq.start, seq.frames, self.kernel, scale.device, scale.dtype)
-        return ((y + past[:, None]) * scale[..., None, None]).flatten(0, 2)
+        x, scale = seq.unfold(x), seq.unfold(scale)
+        if self.kernel > 1:
+            past = self.past(x, weight[1:], seq)[:, None].expand(-1, seq.copies, -1, -1, -1, -1)
+            scale = scale * past_gain(seq.start, seq.frames, self.kernel, scale.device, scale.dtype)
+        scale = seq.going_on(scale)
+        y = F.conv2d(seq.going_on(x).flatten(0, 2), weight[0], padding=1).unflatten(0, scale.shape[:3])
+        y = y + seq.going_on(past) if self.kernel > 1 else y
+        return (y * scale[..., None, None]).flatten(0, 2)
 
     def scale(self, dtype, gain):
         return super().scale(dtype, gain).transpose(0, 1).contiguous()                  # k c_out c_in 3 3
 
     def past(self, x, weight, seq):
-        """What the clean frames before each frame add to it: b t c_out h w."""
-        carry_shape = (x.shape[0] // (seq.copies * seq.frames), *weight.shape[:2], *x.shape[2:])
-        if seq.cache is None:
-            clean = seq.unfold(x)[:, 0, :-1]                # the last clean frame has no later frame
-            return self.spread(clean, weight)[:, :seq.frames]
-        carry = seq.cache.of(self, carry_shape, x)
+        """What the clean frames before each frame add to it: x b s t c_in h w -> b t c_out h w."""
+        if seq.cache is None:                               # the last clean frame has no later frame
+            return self.spread(x[:, 0, :-1], weight)[:, :seq.frames]
+        carry = seq.cache.of(self, (len(x), *weight.shape[:2], *x.shape[-2:]), x)
         if not seq.commit:
             return carry[:, :seq.frames]
-        total = self.spread(seq.unfold(x)[:, 0], weight)
+        total = self.spread(x[:, 0], weight)
         total[:, :self.kernel - 1] += carry
         carry.copy_(total[:, seq.frames:])
         return total[:, :seq.frames]
@@ -366,8 +371,8 @@ class Attention(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The UNet (EDM2 Figure 21, config G). Time is mixed by the encoder, in each block's first convolution and attention.
-# The clean frames have no other reader, so the decoder, the larger half, is spared them.
+# The UNet (EDM2 Figure 21, config G). Time is mixed by encoder and middle, in each block's first convolution and
+# attention. The clean frames have no other reader, so the decoder, the larger half, is spared them.
 
 @dataclass
 class ModelConfig:
@@ -376,11 +381,11 @@ class ModelConfig:
     channels: int = 32                          # at the finest level
     channel_mults: tuple = (1, 2)               # per level; each level halves the resolution
     blocks_per_level: int = 1
-    video_attn_resolutions: tuple = (4,)        # feature map heights with attention over the past
+    video_attn_resolutions: tuple = (4,)        # feature map heights with attention, before the decoder over the past
     frame_attn_resolutions: tuple = ()          # ... with attention within the frame
     head_dim: int = 32                          # of attention; a power of two, 16 to 64 for FlexAttention
     window: int = 8                             # frames that attention sees, the present one included
-    temporal_kernel: int = 2                    # frames that a convolution sees, the present one included
+    temporal_kernel: int = 2                    # frames that convolutions before the decoder see, with the present
     action_dim: int = 0                         # discrete: how many; continuous: vector length; 0: none
     dropout: float = 0.0
     recompute: bool = False                     # in the backward pass, what blocks computed: less memory, more time
@@ -442,7 +447,7 @@ class Block(nn.Module):
         trunk = self.skip(x)
         if self.encoder:
             x = trunk = unit_rms(trunk, 1)                  # pixel norm
-        x = torch.add(self.residual(x, emb, seq), trunk, alpha=TRUNK)
+        x = torch.add(self.residual(x, emb, seq), seq.going_on(seq.unfold(trunk)).flatten(0, 2), alpha=TRUNK)
         return self.attention(x, seq) if self.attention else x
 
 
@@ -482,18 +487,18 @@ class UNet(nn.Module):
         return block(*inputs)
 
     def encode(self, x, emb, seq):
-        """x: (b s t) c h w, emb: (b s t) e -> what the decoder reads: the outputs of stem, encoder, middle."""
+        """x: (b s t) c h w, emb: (b s t) e -> outputs of stem and encoder, as x, and of the middle, (b r t) .."""
         outputs = [self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
         for block in self.encoder:
             outputs.append(self.run(block, outputs[-1], emb, seq))
-        x = outputs[-1]
-        for block in self.middle:
-            x = self.run(block, x, emb, seq)
+        first, last = self.middle
+        x = self.run(last, self.run(first, outputs[-1], emb, seq), emb, replace(seq, last=True))
         return [*outputs, x]
 
     def forward(self, x, emb, seq):
         """x: (b s t) c h w, emb: (b s t) e -> (b r t) c h w of the frames to be denoised."""
-        *skips, x, emb = (seq.noised(seq.unfold(z)).flatten(0, 2) for z in (*self.encode(x, emb, seq), emb))
+        *skips, x = self.encode(x, emb, seq)
+        *skips, emb = (seq.noised(seq.unfold(z)).flatten(0, 2) for z in (*skips, emb))
         for block in self.decoder:
             x = self.run(block, x if block.resample else mp_cat(x, skips.pop()), emb, ALONE)
         return self.head(x) * self.head_gain

@@ -60,11 +60,11 @@ patch_size = 4                  # n x n pixels are folded into channels before t
 channels = 32                   # at the finest level
 channel_mults = (1, 2)          # per level; each level halves the resolution
 blocks_per_level = 1            # residual blocks per level
-video_attn_resolutions = (4,)   # feature map heights with attention over the past
+video_attn_resolutions = (4,)   # feature map heights with attention, before the decoder over the past
 frame_attn_resolutions = ()     # ... with attention within each frame
 head_dim = 32                   # attention head dimension; a power of two, 16 to 64
 window = 8                      # frames that attention sees, the present one included
-temporal_kernel = 2             # frames that a convolution sees, the present one included
+temporal_kernel = 2             # frames that convolutions before the decoder see, the present one included
 dropout = 0.0                   # in the residual branches
 sigma_data = 0.5                # standard deviation that frames are scaled to
 # -- loss

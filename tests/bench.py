@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from regimes import OneCopy
+
 import train
 from config import UserError, read_file, run
 from data import Batches, open_source, replacing
@@ -127,7 +129,7 @@ def image_loss(model, images, noise, cfg):
     sigma = (cfg.P_mean + cfg.P_std * z).exp()[:, None, None]
     x = images[:, None, None]
     noised = x + sigma[..., None, None, None] * eps[:, None, None]
-    denoised = model.denoise(noised, sigma, None, Sequence(1, 1, Cache()))
+    denoised = model.denoise(noised, sigma, None, OneCopy(1, 1))
     weight = (sigma ** 2 + cfg.sigma_data ** 2) / (sigma * cfg.sigma_data) ** 2
     u = model.log_variance(sigma)
     return (weight / u.exp() * (denoised - x).square().mean(dim=(-3, -2, -1)) + u).mean()
@@ -331,12 +333,12 @@ def sample_table(cfg, device):
     forms |= {f"all {n}": lambda n=n: model(torch.randn(1, 2, n + 1, *model.cfg.frame_shape, device=device),
                                             torch.ones(1, 2, n + 1, device=device)) for n in positions[:3]}
     one = x[:, None], sigma[:, None], None
-    forms["image"] = lambda: picture.denoise(*one, Sequence(1, 1, Cache()))
+    forms["image"] = lambda: picture.denoise(*one, OneCopy(1, 1))
     product, product_flops = matmul(device)
     ms = best_times(forms | {"product": product}, device, 5 * cfg.repeat_times)
     cpu_model = model_of(cfg).eval()
-    flops = count_flops(lambda: cpu_model.step(x.cpu(), sigma.cpu(), read_frames(cpu_model, window, "cpu")))
-    at_peak = flops / window * ms["product"] / product_flops                # about: the cache's reading counted too
+    cache = read_frames(cpu_model, window, "cpu")
+    at_peak = count_flops(lambda: cpu_model.step(x.cpu(), sigma.cpu(), cache)) * ms["product"] / product_flops
     rows = [{"frames read": n, "ms": ms[n], "ms without caches": ms.get(f"all {n}", float("nan")),
              "/ image": ms[n] / ms["image"], "/ its FLOPs at peak": ms[n] / at_peak,
              "cache MB": sum(t.nbytes for t in caches[n].tensors.values()) / 1e6} for n in positions]

@@ -42,7 +42,7 @@ class Ours(Denoiser):
         return train.loss_of(self, clips, actions, noise, cfg)
 
     def one_copy(self, x, sigma, actions, layout=OneCopy):
-        """Every copy by itself, noised or not. x: b r t c h w; sigma: b r t -> D: b r t c h w."""
+        """Every copy by itself, noised or not. x: b r t c h w; sigma: b r t -> D: b r t c h w, or b r 1 c h w."""
         r, t = x.shape[1:3]
         actions = None if actions is None else actions.repeat_interleave(r, 0)
         x, sigma = (rearrange(z, "b r t ... -> (b r) 1 t ...") for z in (x, sigma))
