@@ -515,6 +515,13 @@ def play_episode(cfg, number):
         raise UserError(f"--env={cfg.env}: {error}") from error
 
 
+def count_actions(env):
+    """How many discrete actions an environment has, of which some may never have been drawn."""
+    import gymnasium
+    with contextlib.closing(gymnasium.make(env)) as env:
+        return int(env.action_space.start + env.action_space.n)
+
+
 def frames_of(cfg, name):
     """(frame c h w, action or None) of a source, as they will be stored."""
     path, shape = Path(cfg.src, name), (cfg.channels, cfg.size, cfg.size)
@@ -656,6 +663,8 @@ def prepare(cfg):
     records = [read_json(path) for path in sorted(folder.glob("clips/**/*.json"))]
     require(records, f"nothing in {cfg.src or cfg.env} was usable")
     meta = read_json(folder / "meta.json") | combine(records, cfg.val_share, left_out)
+    if cfg.env and meta["discrete"]:
+        meta["action_dim"] = count_actions(cfg.env)
     with replacing(folder / "meta.json") as temporary:
         temporary.write_text(json.dumps(meta, indent=1))
     for split in ("train", "val"):

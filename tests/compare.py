@@ -1,7 +1,7 @@
 """Compares ways to train: the same network, data, optimizer and compute under older regimes (tests/regimes.py).
 
     python tests/compare.py --plot=compare.png                                      # sample efficiency, on digits
-    python tests/compare.py config/world.py --regimes=ours,stack1,stack4 --out=out/memory    # memory, in a world
+    python tests/compare.py config/memory.py --regimes=ours,stack1,stack4 --gflop=16000      # memory, in a world
     python tests/compare.py --protocol --checkpoint=out/two/checkpoint.pt           # Moving MNIST, 10 frames given 10
 
 The yardstick is `gflop`, the counted operations of a training run; seconds are recorded too. Every regime is then asked

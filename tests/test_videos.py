@@ -473,7 +473,7 @@ def test_a_disk_that_is_full_stops_the_preparation_and_keeps_what_is_done(here, 
 
 
 def record(folder, env="CartPole-v1", **changes):
-    data.prepare(settings(env=env, out=str(folder / "game"), episodes=3, max_frames=12, **changes))
+    data.prepare(settings(**{"env": env, "out": str(folder / "game"), "episodes": 3, "max_frames": 12} | changes))
     return json.loads((folder / "game" / "meta.json").read_text())
 
 
@@ -493,6 +493,14 @@ def test_episodes_are_recorded_with_their_actions(here):
                 env.step(int(actions[t]))
             assert np.array_equal(data.fit(env.render(), (3, 32, 32)), frame)
     assert set(np.concatenate([np.load(path) for path in (here / "game").rglob("*.actions.npy")])) == {0, 1}
+
+
+def test_actions_that_were_never_drawn_count_too(here):
+    pytest.importorskip("gymnasium")
+    pytest.importorskip("pygame")
+    meta = record(here, size=16, episodes=1, max_frames=2)
+    assert not np.load(here / "game" / "clips" / "000000.actions.npy").any()
+    assert meta["action_dim"] == 2
 
 
 def test_box_actions_are_recorded_as_vectors(here):

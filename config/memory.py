@@ -1,0 +1,21 @@
+"""A world whose every move shows another view: what it remembers of places it has left, for a CPU.
+
+    python tests/compare.py config/memory.py --regimes=ours,stack1,stack4 --gflop=16000
+"""
+out_dir = "out/memory"
+dataset = "world"
+frames, frame_size = 16, 16
+canvas_size, digits, digit_size = 48, 12, 12
+speed = (16.0, 16.0)            # a move is a whole frame: three by three views
+
+patch_size = 4
+channels, channel_mults, blocks_per_level = 32, (1, 2), 1
+video_attn_resolutions, window, head_dim = (4, 2), 12, 16
+temporal_kernel = 2
+
+# only where noise hides nearly everything does it pay to remember
+P_mean, P_std = 1.0, 1.2
+
+batch_size, max_steps = 4, 5500
+lr, warmup_steps, decay = 0.06, 100, "linear"
+eval_interval, checkpoint_interval, eval_clips = 1100, 1100, 128
