@@ -8,6 +8,7 @@ The yardstick is `gflop`, the counted operations of a training run; seconds are 
 for the same: frames denoised given their clean past, and the continuation of given frames. Context noise is 0 for all.
 An entry that is finished is a file in `out`, and is not done again.
 """
+import importlib.util
 import json
 import math
 import sys
@@ -48,7 +49,7 @@ shorter = (0.5, 0.25, 0.125)    # shares of it that ours is trained for too, its
 points = 6                      # evaluations per run, each at twice the compute of the one before
 memory_frames = 24              # of a world: frames per held-out clip, more than `window`
 out = "out/compare"             # folder of the results, one JSON file per entry
-plot = ""                       # picture of error against compute, by matplotlib; empty: none
+plot = ""                       # picture of error against compute, or of memory, by matplotlib; empty: none
 # -- the standard evaluation of a checkpoint
 protocol = False                # Moving MNIST's, instead of training: 10 frames given, 10 predicted
 checkpoint = ""                 # file to evaluate; empty: the newest checkpoint.pt under out/
@@ -351,27 +352,44 @@ def print_markdown(rows):
     print("\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:], ""]), flush=True)
 
 
-def draw(path, entries):
-    """Error against compute and against supervised frames; regimes are told apart by marker and line style too."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained", sharey=True)
+def look(i):
+    """Of the i-th curve: told apart without colour too."""
+    return {"marker": "osD^v*XP<>"[i % 10], "linestyle": ["-", "--", ":", "-."][i % 4]}
+
+
+def draw_efficiency(figure, entries):
+    """Error against compute and against supervised frames."""
+    axes = figure.subplots(1, 2, sharey=True)
     for i, entry in enumerate(entries):
-        look = {"marker": "osD^v*XP<>"[i % 10], "linestyle": ["-", "--", ":", "-."][i % 4]}
         errors = [mean_error(point["error"]) for point in entry["curve"]]
         for axis, key in zip(axes, ("gflop", "supervised_frames")):
-            axis.plot([point[key] for point in entry["curve"]], errors, label=entry["title"], **look)
+            axis.plot([point[key] for point in entry["curve"]], errors, label=entry["title"], **look(i))
     for axis, label in zip(axes, ("training compute (GFLOP, counted)", "frames supervised")):
         axis.set(xscale="log", yscale="log", xlabel=label)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("held-out denoising error given the clean past\n(share of data variance, geometric mean)")
     axes[0].legend(fontsize=8)
+
+
+def draw_memory(figure, entries):
+    """Error against how long ago a place was in view."""
+    axis, ((names, *lines),) = figure.subplots(), memory_tables(entries)
+    for i, (who, *errors) in enumerate(lines):
+        axis.plot(names[1:], [float(error) for error in errors], label=who, **look(i))
+    axis.set(xlabel=f"{names[0]} (window: {entries[0]['settings']['window']})", ylim=(0, None),
+             ylabel="denoising error (share of data variance)")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def draw(path, entries):
+    if not importlib.util.find_spec("matplotlib"):
+        raise UserError("--plot needs matplotlib: pip install matplotlib")
+    from matplotlib.figure import Figure
+    figure = Figure((11, 4.4), layout="constrained")
+    (draw_memory if "memory" in entries[0] else draw_efficiency)(figure, entries)
     with replacing(path) as temporary:
-        plt.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def finished_entry(name, cfg, device):
