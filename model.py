@@ -344,13 +344,17 @@ TRUNK, BRANCH = blend(0.3)                                  # a block's sums: wh
 
 
 class Attention(nn.Module):
-    """Cosine attention with residual sum: over a frame's own positions (window 1) or those of its past too."""
+    """Cosine attention with residual sum: over a frame's own positions (window 1) or those of its past too.
+
+    The logits of unit vectors lie between -sqrt(d) and sqrt(d), too flat to pick one among hundreds of keys. A learnt
+    factor per head, `sharpness`, lets it find a place again that left the picture some frames ago."""
 
     def __init__(self, channels, head_dim, window):
         super().__init__()
         self.head_dim, self.window = head_dim, window
         self.qkv = MPConv(3 * channels, channels, 1, 1)
         self.out = MPConv(channels, channels, 1, 1)
+        self.sharpness = nn.Parameter(torch.ones(channels // head_dim))
 
     def forward(self, x, seq):
         qkv = rearrange(self.qkv(x), "(b s t) (n m d) h w -> n b s t m (h w) d",
@@ -359,10 +363,13 @@ class Attention(nn.Module):
         return torch.add(self.out(y, BRANCH), x, alpha=TRUNK)
 
     def attend(self, qkv, seq):
+        sharpness = self.sharpness.to(qkv.dtype)[:, None, None]
         if self.window == 1:
-            return F.scaled_dot_product_attention(*qkv.flatten(1, 3)).view_as(qkv[0])
+            q, k, v = qkv.flatten(1, 3)
+            return F.scaled_dot_product_attention(q * sharpness, k, v).view_as(qkv[0])
         q_and_k, (v,) = qkv.split([2, 1])
         q, k = rotate(q_and_k, seq.start)
+        q = q * sharpness
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
             ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)
