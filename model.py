@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 # ---------------------------------------------------------------------------------------------------
 # Magnitude-preserving operations: unit variance in, unit variance out (EDM2, section 2 and appendix B).
 
-def unit_rms(x, dims):
-    """x scaled to root mean square 1 over `dims`, measured in float32."""
+def unit_rms(x, dims, gain=1.0):
+    """x scaled to root mean square `gain` over `dims`, measured in float32."""
     mean_square = x.float().square().mean(dims, keepdim=True)
-    return x * (mean_square + 1e-8).rsqrt().to(x.dtype)
+    return x * (gain * (mean_square + 1e-8).rsqrt()).to(x.dtype)
 
 
 SILU_GAIN = 1 / 0.596                                       # of mp_silu (EDM2 Eq. 81)
@@ -359,17 +359,16 @@ class Attention(nn.Module):
     def forward(self, x, seq):
         qkv = rearrange(self.qkv(x), "(b s t) (n m d) h w -> n b s t m (h w) d",
                         n=3, d=self.head_dim, s=seq.copies, t=seq.frames)
-        y = rearrange(self.attend(unit_rms(qkv, -1), seq), "b s t m (h w) d -> (b s t) (m d) h w", h=x.shape[2])
+        gains = F.pad(self.sharpness[None], (0, 0, 0, 2), value=1)[:, None, None, None, :, None, None]   # of q, k, v
+        y = self.attend(unit_rms(qkv, -1, gains), seq)
+        y = rearrange(y, "b s t m (h w) d -> (b s t) (m d) h w", h=x.shape[2])
         return torch.add(self.out(y, BRANCH), x, alpha=TRUNK)
 
     def attend(self, qkv, seq):
-        sharpness = self.sharpness.to(qkv.dtype)[:, None, None]
         if self.window == 1:
-            q, k, v = qkv.flatten(1, 3)
-            return F.scaled_dot_product_attention(q * sharpness, k, v).view_as(qkv[0])
+            return F.scaled_dot_product_attention(*qkv.flatten(1, 3)).view_as(qkv[0])
         q_and_k, (v,) = qkv.split([2, 1])
         q, k = rotate(q_and_k, seq.start)
-        q = q * sharpness
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
             ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 import model as m
 from model import Cache, Denoiser, ModelConfig
@@ -250,16 +251,14 @@ def test_clean_frames_go_no_further_than_the_last_layer_that_mixes_time():
 
 @pytest.mark.parametrize("window", [1, 4])
 def test_sharpness_multiplies_the_logits_of_each_head(window):
-    """A large one picks the key that is most alike: where keys are the queries, each finds itself."""
     torch.manual_seed(0)
-    q, _, v = (x.detach() for x in attention_inputs(1, 4, 6, heads=2))
-    layer, turned = m.Attention(32, 16, window), m.rotate(q, 0)
+    layer, x = m.Attention(32, 16, window), torch.randn(2 * 4, 32, 2, 3)
     assert layer.sharpness.tolist() == [1, 1]
-    for factors in ((1, 1), (3, 0.5), (1000, 1000)):
-        layer.sharpness.data[:] = torch.tensor(factors)
-        found = layer.attend(torch.stack([q, q, v]), m.Sequence(1, 4, Cache(), commit=True))
-        assert farthest(found, dense_attention(layer.sharpness[:, None, None] * turned, turned, v, window)) < 1e-4
-    assert farthest(found, v) < 1e-4
+    layer.sharpness.data[:] = torch.tensor([0.5, 20])
+    q, k, v = m.unit_rms(rearrange(layer.qkv(x), "(b t) (n m d) h w -> n b 1 t m (h w) d", n=3, m=2, t=4), -1)
+    expected = dense_attention(m.rotate(q, 0) * torch.tensor([0.5, 20])[:, None, None], m.rotate(k, 0), v, window)
+    expected = rearrange(expected, "b 1 t m (h w) d -> (b t) (m d) h w", h=2)
+    assert farthest(layer(x, m.Sequence(1, 4)), m.mp_sum(x, layer.out(expected), 0.3)) < 1e-5
 
 
 @pytest.mark.parametrize("reach", [1, 2, 3, 5])
