@@ -1,6 +1,7 @@
-"""A world whose every move shows another view: what it remembers of places it has left, for a CPU.
+"""A world whose every move shows another view: it remembers the places it has left. Half an hour of one CPU core.
 
-    python tests/compare.py config/memory.py --regimes=ours,stack1,stack4 --gflop=16000
+    python train.py config/memory.py
+    python sample.py --checkpoint=out/memory/checkpoint.pt --truth --context=12 --out=memory.gif
 """
 out_dir = "out/memory"
 dataset = "world"
@@ -15,7 +16,8 @@ temporal_kernel = 2
 
 # only where noise hides nearly everything does it pay to remember
 P_mean, P_std = 1.0, 1.2
+context_noise = 0.1
 
-batch_size, max_steps = 4, 5500
+batch_size, max_steps = 4, 14000
 lr, warmup_steps, decay = 0.06, 100, "linear"
-eval_interval, checkpoint_interval, eval_clips = 1100, 1100, 128
+eval_interval, checkpoint_interval, eval_clips = 2800, 1400, 128

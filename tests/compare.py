@@ -1,7 +1,7 @@
 """Compares ways to train: the same network, data, optimizer and compute under older regimes (tests/regimes.py).
 
     python tests/compare.py --plot=compare.png                                      # sample efficiency, on digits
-    python tests/compare.py config/memory.py --regimes=ours,stack1,stack4 --gflop=16000      # memory, in a world
+    python tests/compare.py config/memory.py --regimes=ours,stack4 --gflop=40000    # memory, in a world
     python tests/compare.py --protocol --checkpoint=out/two/checkpoint.pt           # Moving MNIST, 10 frames given 10
 
 The yardstick is `gflop`, the counted operations of a training run; seconds are recorded too. Every regime is then asked
@@ -395,7 +395,8 @@ def draw(path, entries):
 def finished_entry(name, cfg, device):
     """From its file, or trained now."""
     path = Path(cfg.out, f"{cfg.dataset}-{name}-{cfg.gflop:g}.json")
-    asked = {key: getattr(cfg, key) for key in sorted({*plain_settings(DEFAULTS), "points"} - train.FREE_TO_CHANGE)}
+    replaced = train.FREE_TO_CHANGE | {"max_steps", "context_noise"}                     # by `gflop`, and by 0
+    asked = {key: getattr(cfg, key) for key in sorted({*plain_settings(DEFAULTS), "points"} - replaced)}
     if not path.exists():
         result = train.finite(train_entry(name, cfg, device) | {"settings": asked})
         with replacing(path) as temporary:
