@@ -621,6 +621,7 @@ def main(cfg):
     run.writer.wait(final=True)
     if run.rank == 0:
         print(f"{'stopped' if stopped else 'done'} at step {run.step}: {run.path}")
+    run.network = None                                      # before its process group, or their threads may deadlock
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped:

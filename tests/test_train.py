@@ -576,6 +576,24 @@ def test_several_processes_are_one_with_the_joint_batch(tmp_path, digits, whole_
     assert_alike(load(tmp_path / "many"), whole_batch[1])
 
 
+def test_the_exchange_of_gradients_ends_before_its_process_group(tmp_path, digits):
+    """Where DistributedDataParallel's reducer goes last, it waits for the group's threads with the interpreter locked,
+    and they may be waiting for that lock: a process hangs at the end of one run in some hundred."""
+    (tmp_path / "sitecustomize.py").write_text("""if __import__("os").environ.get("RANK"):
+    import gc, torch, torch.distributed as dist
+    destroy = dist.destroy_process_group
+    def noting():
+        kind = torch.nn.parallel.DistributedDataParallel
+        print("reducers", sum(issubclass(type(x), kind) for x in gc.get_objects()), flush=True)
+        destroy()
+    dist.destroy_process_group = noting
+""")
+    done = torchrun(tmp_path, {"data_dir": digits, "batch_size": 4, "max_steps": 2}, "--nproc_per_node=2",
+                    PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("reducers 0") == 2
+
+
 def assert_alike(state, other):
     """Two checkpoints with the same keys and shapes, and nearly the same averages and moments."""
     assert state["model"].keys() == other["model"].keys()
