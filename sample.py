@@ -568,13 +568,12 @@ def serve(game, port):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"--port={port} cannot be used ({error}): give another one, or 0 for any") from None
-    server.game, server.daemon_threads = game, True
+    server.game, server.daemon_threads = game, False        # what was asked is answered, not cut off in torch
     url = f"http://127.0.0.1:{server.server_port}"
     print(f"play at {url}; Ctrl-C ends", flush=True)
     webbrowser.open(url)
     with contextlib.suppress(KeyboardInterrupt), server:
         server.serve_forever()
-    game.lock.acquire()                                     # a frame in the making is finished, not cut off in torch
     print("\nended")
 
 

@@ -214,6 +214,28 @@ def test_a_page_that_is_closed_before_its_answer_leaves_no_trace(game, server, c
     assert capfd.readouterr().err == ""
 
 
+def test_what_was_asked_is_answered_before_the_server_ends(game, monkeypatch):
+    """A thread that is still answering when Python ends may be ended inside torch, which aborts the whole process."""
+    end_headers, answers = sample.Handler.end_headers, []
+
+    def slow(handler):
+        time.sleep(0.2)                                     # the server waits for the next request again
+        signal.raise_signal(signal.SIGINT)                  # Ctrl-C, while the answer is on its way
+        time.sleep(0.3)
+        end_headers(handler)
+
+    def play(url):
+        server = SimpleNamespace(server_port=int(url.rsplit(":")[-1]))
+        threading.Thread(target=lambda: answers.append(ask(server)), daemon=True).start()
+    monkeypatch.setattr(sample.Handler, "end_headers", slow)
+    monkeypatch.setattr(sample.webbrowser, "open", play)
+    before = threading.active_count()
+    sample.serve(game, 0)
+    assert threading.active_count() <= before + 1           # that asked, and reads the answer
+    time.sleep(0.1)
+    assert answers[0].code == 200 and b"</script>" in answers[0].body
+
+
 def test_a_port_that_is_taken_is_named(game, server):
     with pytest.raises(UserError, match=f"--port={server.server_port} cannot be used"):
         sample.serve(game, server.server_port)
