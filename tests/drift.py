@@ -20,12 +20,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import UserError, run
-from data import load_batch, open_source, replacing
+from data import download, load_batch, open_source, present, replacing, require
 from sample import compute_dtype, load_model, newest_checkpoint, noise_levels, pick_device, roll_out
 
 # -- what to measure
 checkpoint = ""                 # file to sample from; empty: the newest checkpoint.pt under out/
-data_dir = ""                   # folder of MNIST with the labels t10k-labels-idx1-ubyte.gz; empty: the run's
+data_dir = ""                   # folder of MNIST, whose labels are downloaded if missing; empty: the run's
 frames = 200                    # frames per rollout, the given ones included
 clips = 32                      # held-out clips, rolled out side by side
 given = 4                       # given frames of each
@@ -37,6 +37,7 @@ sigma_min = (0.2,)              # last noise level before 0
 sigma_max = (40.0,)             # first noise level
 context_noise = (0.05,)         # noise levels at which the past is read
 guidance = (1.0,)               # history guidance; 1 is none
+churn = (0.0,)                  # fresh noise per frame, at noise levels from 0.05 to 50
 ema = 0.05                      # width of the averaged weights
 # -- output
 out = ""                        # file of all figures, JSON; empty: none
@@ -44,21 +45,30 @@ plot = ""                       # picture of them, by matplotlib; empty: none
 seed = 0                        # of the rollouts' noise and of the classifier
 device = "auto"                 # auto, cpu, cuda, ..
 
-VARIED = ("solver", "steps", "sigma_min", "sigma_max", "context_noise", "guidance")
+VARIED = ("solver", "steps", "sigma_min", "sigma_max", "context_noise", "guidance", "churn")
 
 
 # ---------------------------------------------------------------------------------------------------
 # A small classifier of frames, trained here on the training digits, wherever they stand in the frame.
 
+LABELS = {"train": ("train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9432"),
+          "val": ("t10k-labels-idx1-ubyte.gz", "ec29112dd5afa0611ce80d1b7f02629c")}
+
+
 def read_labels(data_dir, split):
-    """The label of each digit of the bank of `split`, as data.py divides the only images file there is."""
-    files = [Path(data_dir, f"t10k-labels-idx1-ubyte{end}") for end in (".gz", "")]
-    path = next((file for file in files if file.exists()), None)
-    if path is None or Path(data_dir, "train-images-idx3-ubyte.gz").exists():
-        raise UserError(f"{data_dir}: needs t10k-images-idx3-ubyte.gz and t10k-labels-idx1-ubyte.gz, and no more")
+    """The label of each digit of the bank of `split`, as data.py divides the images there are; fetched if missing."""
+    images = present(data_dir)
+    require(images, f"{data_dir}: no MNIST images are there, and digits drawn with a font have no labels")
+    name, md5 = LABELS[split if len(images) == 2 else next(iter(images))]
+    files = [Path(data_dir, file) for file in (name, name.removesuffix(".gz"))]
+    if not any(file.exists() for file in files):
+        download(name, data_dir, md5={name: md5})
+    path = next(file for file in files if file.exists())
     raw = path.read_bytes()
     labels = np.frombuffer(gzip.decompress(raw) if path.suffix == ".gz" else raw, np.uint8, offset=8)
-    cut = len(labels) - len(labels) // 10
+    if len(images) == 2:
+        return labels
+    cut = len(labels) - max(len(labels) // 10, 1)
     return labels[:cut] if split == "train" else labels[cut:]
 
 
@@ -151,9 +161,9 @@ def main(cfg):
     for values in itertools.product(*(getattr(cfg, name) for name in VARIED)):
         told = [f"{key} {value}" for key, value in zip(VARIED, values) if len(getattr(cfg, key)) > 1]
         name = ", ".join(told) or "rollout"
-        solver, steps, low, high, noise, guidance = values
+        solver, steps, low, high, noise, guidance, churn = values
         settings = {"levels": noise_levels(steps, low, high, 7), "seed": cfg.seed, "context_noise": noise,
-                    "solver": solver, "guidance": guidance}
+                    "solver": solver, "guidance": guidance, "churn": churn, "churn_min": 0.05, "churn_max": 50.0}
         frames = roll_out(model, truth.to(device), cfg.given, cfg.frames, state["stats"], settings, progress=True)
         results[name] = measure(torch.from_numpy(np.stack(list(frames), axis=1)), truth, labels, net)
         print_table(name, results[name], cfg)

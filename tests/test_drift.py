@@ -1,0 +1,62 @@
+"""The drift figures' labels belong to the digits that data.py draws, whichever MNIST files there are."""
+
+import gzip
+
+import drift
+import numpy as np
+import pytest
+
+from config import UserError
+from data import FILES, load_digits
+
+COUNTS = {"train": 40, "val": 30}
+
+
+def numbered(split):
+    """As many numbers as the split has digits; those of the two splits differ."""
+    return np.arange(COUNTS[split], dtype=np.uint8) + {"train": 0, "val": 100}[split]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """MNIST's images, each filled with its number, and its labels, which are these numbers."""
+    for split, name in FILES.items():
+        header = np.array([2051, COUNTS[split], 28, 28], ">i4").tobytes()
+        images = np.repeat(numbered(split), 28 * 28)
+        (tmp_path / name).write_bytes(gzip.compress(header + images.tobytes()))
+        (tmp_path / drift.LABELS[split][0]).write_bytes(gzip.compress(bytes(8) + numbered(split).tobytes()))
+    return tmp_path
+
+
+@pytest.mark.parametrize("there", [("train", "val"), ("train",), ("val",)], ids="+".join)
+def test_every_digit_of_the_bank_has_its_own_label(folder, there):
+    for split in {*FILES} - {*there}:
+        (folder / FILES[split]).unlink()
+    for split in FILES:
+        digits, _ = load_digits(folder, split, seed=0)
+        assert len(digits) > 2 and np.array_equal(drift.read_labels(folder, split), digits[:, 0, 0])
+
+
+def test_labels_that_are_missing_are_downloaded(folder, monkeypatch):
+    fetched = []
+
+    def download(name, where, md5):
+        fetched.append((name, md5[name]))
+        (where / name).write_bytes(gzip.compress(bytes(8) + numbered("train").tobytes()))
+    monkeypatch.setattr(drift, "download", download)
+    (folder / drift.LABELS["train"][0]).unlink()
+    for _ in range(2):
+        assert np.array_equal(drift.read_labels(folder, "train"), numbered("train"))
+    assert fetched == [drift.LABELS["train"]]
+
+
+def test_unpacked_labels_are_read(folder):
+    packed = folder / drift.LABELS["val"][0]
+    packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    assert np.array_equal(drift.read_labels(folder, "val"), numbered("val"))
+
+
+def test_digits_without_labels_are_refused(tmp_path):
+    with pytest.raises(UserError, match="have no labels"):
+        drift.read_labels(tmp_path, "val")
