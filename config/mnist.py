@@ -7,7 +7,7 @@ speed, whole_pixels, bounce = (1.4, 1.5), True, "reflect"     # one pixel across
 
 # 16 x 16 patches of 4 pixels, then 8 x 8, then 4 x 4, where attention sees the last 8 frames
 patch_size = 2
-channels, channel_mults, blocks_per_level = 16, (1, 2, 4), 1
+channels, channel_mults, blocks_per_level = 32, (1, 1, 2), 1
 video_attn_resolutions, window = (4,), 8
 temporal_kernel = 2
 
@@ -18,6 +18,6 @@ P_mean, P_std = 0.0, 1.5
 context_noise = 0.1
 
 # with unit-norm weights, short runs want a high learning rate and a decay to zero
-batch_size, max_steps = 4, 3800
+batch_size, max_steps = 4, 3400
 lr, warmup_steps, decay = 0.06, 100, "linear"
-eval_interval, checkpoint_interval = 950, 475
+eval_interval, checkpoint_interval = 850, 425
