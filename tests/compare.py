@@ -44,7 +44,7 @@ from model import ModelConfig
 # -- what to compare
 data_dir = "data/mnist"         # folder of the MNIST files
 regimes = ("ours", "ours4", "last", "stack1", "stack4", "whole", "independent")     # any of these
-gflop = 10800.0                 # counted operations of each training run, 1e9; about 950 steps of ours
+gflop = 10800.0                 # counted operations of each training run, 1e9; about 600 steps of ours
 shorter = (0.5, 0.25, 0.125)    # shares of it that ours is trained for too, its learning rate decaying in time
 points = 6                      # evaluations per run, each at twice the compute of the one before
 memory_frames = 24              # of a world: frames per held-out clip, more than `window`
