@@ -486,7 +486,7 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tiny, accumulate):
     assert same_loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in whole.items():
         assert gradient.norm() > 0, name
-        # A gain's gradient is a sum of many terms that nearly cancel: rounding, by the number of threads, is 2e-5 of it.
+        # A gain's gradient is a sum whose terms nearly cancel: rounding, by the number of threads, is 2e-5 of it.
         assert (parts[name] - gradient).norm() < 1e-4 * gradient.norm(), name
 
 
