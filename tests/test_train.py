@@ -486,8 +486,8 @@ def test_micro_batches_give_the_gradients_of_the_whole_batch(tiny, accumulate):
     assert same_loss == pytest.approx(loss, rel=1e-6)
     for name, gradient in whole.items():
         assert gradient.norm() > 0, name
-        # A gain's gradient is a sum whose terms nearly cancel: rounding, by the number of threads, is 2e-5 of it.
-        assert (parts[name] - gradient).norm() < 1e-4 * gradient.norm(), name
+        # float32 rounds at 1e-8 where a gain's gradient nearly cancels, differently on one thread and on two
+        assert (parts[name] - gradient).norm() < 1e-5 * gradient.norm() + 1e-8, name
 
 
 def test_gradients_are_exchanged_in_the_last_micro_batch_only(tiny, monkeypatch):
