@@ -77,13 +77,16 @@ class MPWeight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(shape))
         self.fan_in = math.prod(shape[1:])
-        self.frozen = None, None                            # what `scaled` last returned for what, if not training
+        self.frozen = None, None                            # what `frozen_scale` last returned for what
         self.normalize_weight()
 
     def scaled(self, dtype, gain=1.0):
-        """The weight as it acts; when no gradient is wanted, computed once, until the weight is written to."""
-        if self.weight.requires_grad:
-            return self.scale(dtype, gain)
+        """The weight as it acts."""
+        return (self.scale if self.weight.requires_grad else self.frozen_scale)(dtype, gain)
+
+    @torch.compiler.assume_constant_result
+    def frozen_scale(self, dtype, gain):
+        """When no gradient is wanted: computed once, until the weight is written to."""
         key = dtype, gain, self.weight.device, self.weight._version
         if self.frozen[0] != key:
             self.frozen = key, self.scale(dtype, gain)
@@ -139,11 +142,19 @@ def sees(s_q, t_q, s_k, t_k, window):
 
 class Cache:
     """The past of a rollout: each attention's keys and values of the last `window` frames, as a ring, and what
-    the past contributes to each causal convolution's next frames. Layers allocate their part at first use."""
+    the past contributes to each causal convolution's next frames. Layers allocate their part at first use.
 
-    def __init__(self):
-        self.position = 0                                   # frames read so far = index of the present frame
+    Everything in it is a tensor that keeps its shape and its place, the number of frames too: an evaluation runs the
+    same operations on the same memory at every frame, so it can be compiled, or captured as a CUDA graph, once."""
+
+    def __init__(self, device="cpu"):
+        self.clock = torch.zeros((), dtype=torch.long, device=device)                    # frames read so far
         self.tensors = {}                                   # layer -> tensor, rewritten in place ever after
+
+    @property
+    def position(self):
+        """Frames read so far = index of the present frame."""
+        return self.clock.item()
 
     def of(self, layer, shape, like):
         if layer not in self.tensors:
@@ -157,17 +168,20 @@ class Cache:
 @dataclass
 class Sequence:
     """The layout `(b s t)` of a pass. Without a cache: s = copies, copy 0 clean, t from the first frame on.
-    With one: one copy, t from the cache's position on; `commit` says that the frames are clean, to be kept. `last` says
-    that the layer is the last one that mixes time: clean frames have no reader behind it, and go no further."""
+    With one: one copy, t from the present frame on; `commit` says that the frames are clean, to be kept. `last` says
+    that the layer is the last one that mixes time: clean frames have no reader behind it, and go no further. `masks`,
+    on a GPU, are FlexAttention's, by the positions of a frame."""
     copies: int
     frames: int
     cache: Cache = None
     commit: bool = False
     last: bool = False
+    masks: dict = None
 
-    @property
-    def start(self):
-        return self.cache.position if self.cache else 0
+    def positions(self, device):
+        """Index of each frame in its clip or rollout: t."""
+        ahead = torch.arange(self.frames, device=device)
+        return ahead + self.cache.clock if self.cache else ahead
 
     def unfold(self, x):
         return rearrange(x, "(b s t) ... -> b s t ...", s=self.copies, t=self.frames)
@@ -179,13 +193,6 @@ class Sequence:
     def going_on(self, x):
         """Of x b s t .. what the next layer reads."""
         return self.noised(x) if self.last else x
-
-
-@functools.lru_cache(maxsize=16)                            # all layers of a pass, and all training passes, share it
-def past_gain(start, frames, kernel, device, dtype):
-    """g_t of the frames from position `start` on: t 1. A missing past must not shrink the first frames."""
-    taps = torch.arange(start + 1, start + frames + 1, device=device).clamp(max=kernel)
-    return (kernel / taps).sqrt().to(dtype)[:, None]
 
 
 class CausalConv(MPWeight):
@@ -201,6 +208,8 @@ class CausalConv(MPWeight):
     def __init__(self, c_in, c_out, kernel):
         super().__init__(c_out, kernel, c_in, 3, 3)
         self.kernel = kernel
+        # g_t of a clip's first k frames, the last one's ever after: a missing past must not shrink a frame
+        self.register_buffer("gains", (kernel / torch.arange(1, kernel + 1)).sqrt(), persistent=False)
 
     def forward(self, x, scale, seq, gain=1.0):
         """x: (b s t) c_in h w; scale: (b s t) c_out, multiplied into the output -> of those going on, as x."""
@@ -208,7 +217,8 @@ class CausalConv(MPWeight):
         x, scale = seq.unfold(x), seq.unfold(scale)
         if self.kernel > 1:
             past = self.past(x, weight[1:], seq)[:, None].expand(-1, seq.copies, -1, -1, -1, -1)
-            scale = scale * past_gain(seq.start, seq.frames, self.kernel, scale.device, scale.dtype)
+            gains = self.gains[seq.positions(x.device).clamp(max=self.kernel - 1)]
+            scale = scale * gains[:, None].to(scale.dtype)
         scale = seq.going_on(scale)
         y = F.conv2d(seq.going_on(x).flatten(0, 2), weight[0], padding=1).unflatten(0, scale.shape[:3])
         y = y + seq.going_on(past) if self.kernel > 1 else y
@@ -244,27 +254,19 @@ class CausalConv(MPWeight):
 ROTARY_PERIOD = 1024                                        # frames
 
 
-@functools.lru_cache(maxsize=8)
-def rotary_table(pairs, device):
+def rotary_table(pairs):
     """cos and sin per position: 2 period pairs. All frequencies are whole turns per `ROTARY_PERIOD` frames, so
     that positions count modulo the period, exactly, however long the rollout."""
     fastest = ROTARY_PERIOD / (2 * math.pi)                 # one radian per frame
     turns = (fastest ** (1 - torch.arange(pairs) / pairs)).round().long()
     phase = torch.arange(ROTARY_PERIOD)[:, None] * turns % ROTARY_PERIOD                 # whole numbers: no rounding
     angle = phase.double() * (2 * math.pi / ROTARY_PERIOD)
-    return torch.stack([angle.cos(), angle.sin()]).float().to(device)
+    return torch.stack([angle.cos(), angle.sin()]).float()
 
 
-@functools.lru_cache(maxsize=16)                            # all layers of a pass, and all training passes, share it
-def rotation(start, frames, pairs, device, dtype):
-    """cos and sin of the frames from position `start` on: 2 t 1 1 pairs."""
-    positions = torch.arange(start, start + frames, device=device) % ROTARY_PERIOD
-    return rotary_table(pairs, device)[:, positions, None, None].to(dtype)
-
-
-def rotate(x, start):
-    """Rotary embedding over time: x: .. t m p d, its first frame at position `start`."""
-    cos, sin = rotation(start, x.shape[-4], x.shape[-1] // 2, x.device, x.dtype)
+def rotate(x, positions, table):
+    """Rotary embedding over time: x: .. t m p d, its frames at `positions` t."""
+    cos, sin = table[:, positions % ROTARY_PERIOD, None, None].to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -318,25 +320,24 @@ def compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=False)     # uncompiled it would build the full score matrix
 
 
-def attend_flex(q, k, v, window, flex=None):
-    """The GPU path: block-sparse FlexAttention over the whole sequence."""
+def attend_flex(q, k, v, mask, flex=None):
+    """The GPU path: block-sparse FlexAttention over the whole sequence, `mask` being its `block_mask`."""
     _, s, t, _, p, _ = q.shape
     q, k, v = (rearrange(x, "b s t m p d -> b m (s t p) d").contiguous() for x in (q, k, v))
-    out = (flex or compiled_flex_attention())(q, k, v, block_mask=block_mask(s, t, p, window, q.device))
+    out = (flex or compiled_flex_attention())(q, k, v, block_mask=mask)
     return rearrange(out, "b m (s t p) d -> b s t m p d", s=s, t=t)
 
 
-def attend_cached(q, k, v, ring, start):
-    """Frames start, start + 1, .. one after another against a ring (2 b m window p d) of the last frames' keys
-    and values. A frame's slot is the one that the frame leaving the window held, so denoising it and later
-    reading it as clean both just write that slot."""
-    window = ring.shape[3]
-    frames = []
-    for t in range(q.shape[2]):
-        ring[0, :, :, (start + t) % window] = k[:, 0, t]
-        ring[1, :, :, (start + t) % window] = v[:, 0, t]
-        keys, values = ring[:, :, :, :start + t + 1].flatten(3, 4)                       # all slots in use
-        frames.append(F.scaled_dot_product_attention(q[:, 0, t], keys, values))
+def attend_cached(q, k, v, ring, positions):
+    """The frames at `positions` one after another against a ring (2 b m window p d) of the last frames' keys and
+    values. A frame's slot is the one that the frame leaving the window held, so denoising it and later reading it
+    as clean both just write that slot. Slots that no frame has held yet are hidden."""
+    window, p = ring.shape[3:5]
+    age, frames = torch.arange(window, device=q.device).repeat_interleave(p)[None], []
+    for t, position in enumerate(positions.unbind()):
+        for kept, new in zip(ring, (k, v), strict=True):
+            kept.index_copy_(2, position[None] % window, new[:, 0, t, :, None])
+        frames.append(F.scaled_dot_product_attention(q[:, 0, t], *ring.flatten(3, 4), attn_mask=age <= position))
     return torch.stack(frames, dim=1)[:, None]
 
 
@@ -355,6 +356,7 @@ class Attention(nn.Module):
         self.qkv = MPConv(3 * channels, channels, 1, 1)
         self.out = MPConv(channels, channels, 1, 1)
         self.sharpness = nn.Parameter(torch.ones(channels // head_dim))
+        self.register_buffer("rotary", rotary_table(head_dim // 2), persistent=False)
 
     def forward(self, x, seq):
         qkv = rearrange(self.qkv(x), "(b s t) (n m d) h w -> n b s t m (h w) d",
@@ -368,12 +370,14 @@ class Attention(nn.Module):
         if self.window == 1:
             return F.scaled_dot_product_attention(*qkv.flatten(1, 3)).view_as(qkv[0])
         q_and_k, (v,) = qkv.split([2, 1])
-        q, k = rotate(q_and_k, seq.start)
+        q, k = rotate(q_and_k, positions := seq.positions(v.device), self.rotary)
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
             ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)
-            return attend_cached(q, k, v, ring, seq.start)
-        return (attend_flex if q.is_cuda else attend_frame_by_frame)(q, k, v, self.window)
+            return attend_cached(q, k, v, ring, positions)
+        if seq.masks:
+            return attend_flex(q, k, v, seq.masks[q.shape[4]])
+        return attend_frame_by_frame(q, k, v, self.window)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -558,7 +562,7 @@ class Denoiser(nn.Module):
         self.check(x[:, None], sigma[:, None], actions, copies=1)
         seq = Sequence(1, x.shape[1], cache, commit=True)
         self.unet.encode(*self.unet_inputs(x[:, None], sigma[:, None], actions), seq)
-        cache.position += x.shape[1]
+        cache.clock += x.shape[1]
 
     def unet_inputs(self, x, sigma, actions):
         """The frames with unit variance, folded, (b s t) c h w, and what is told of them, (b s t) e."""
@@ -569,11 +573,19 @@ class Denoiser(nn.Module):
     def denoise(self, x, sigma, actions, seq):
         """EDM's preconditioning (EDM Table 1). x: b s t c h w -> D of the frames to be denoised, b r t c h w."""
         n, sd = self.cfg.patch_size, self.cfg.sigma_data
+        if x.is_cuda and not seq.cache:
+            seq.masks = self.block_masks(seq, x.device)
         f = self.unet(*self.unet_inputs(x, sigma, actions), seq).float()
         x, sigma = seq.noised(x), seq.noised(sigma)
         f = rearrange(f, "(b r t) (c y x) h w -> b r t c (h y) (w x)", r=x.shape[1], t=x.shape[2], y=n, x=n)
         c_in = (sigma ** 2 + sd ** 2).rsqrt()[..., None, None, None]
         return x * (sd * c_in) ** 2 + f * (sigma[..., None, None, None] * sd * c_in)
+
+    def block_masks(self, seq, device):
+        """One for each resolution with video attention. Made here, outside of a compiled UNet, they are made once."""
+        _, height, width = self.cfg.frame_shape
+        sizes = {h * h * width // height for h in self.cfg.video_attn_resolutions}
+        return {p: block_mask(seq.copies, seq.frames, p, self.cfg.window, device) for p in sizes}
 
     def embed(self, sigma, actions):
         """What every block is told about a frame, its noise level and its action: b s t e."""

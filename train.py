@@ -405,9 +405,11 @@ def shard_model(model):
 
 
 def compiled(model):
-    """torch.compile for the shapes of this run; blocks share their code, and each is one more compilation of it."""
+    """The model, its UNet compiled for the shapes of this run; blocks share their code, and each is one more
+    compilation of it."""
     torch._dynamo.config.recompile_limit = 64
-    return torch.compile(model, dynamic=False)
+    model.unet.compile(dynamic=False)
+    return model
 
 
 class Run:

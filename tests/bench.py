@@ -33,7 +33,7 @@ from model import (
     block_mask,
     sees,
 )
-from sample import Rollout, compute_dtype, noise_levels, pick_device
+from sample import Rollout, compiled, compute_dtype, noise_levels, pick_device
 
 # -- what to measure
 tables = ("train", "conv", "attention", "data", "sample", "memory")     # any of these
@@ -251,21 +251,22 @@ def attention_row(frames, positions, window, cfg, device, product, product_flops
                for _ in range(3))
     visible = visible_pairs(copies, frames, window)
     mask = visible.repeat_interleave(positions, 0).repeat_interleave(positions, 1).to(device)
+    blocks = block_mask(copies, frames, positions, window, device)
 
     def dense():
         flat = (rearrange(x, "b s t m p d -> b m (s t p) d") for x in (q, k, v))
         F.scaled_dot_product_attention(*flat, attn_mask=mask).sum().backward()
 
     def ours():
-        (attend_flex if q.is_cuda else attend_frame_by_frame)(q, k, v, window).sum().backward()
+        out = attend_flex(q, k, v, blocks) if q.is_cuda else attend_frame_by_frame(q, k, v, window)
+        out.sum().backward()
     ms = best_times({"ours": ours, "dense": dense, "product": product}, device, cfg.repeat_times)
     pairs = visible.sum().item() * positions ** 2 * batch * heads
     at_peak = pairs * 14 * d / product_flops * ms["product"]                # 2 products forward, 5 backward
-    sparsity = block_mask(copies, frames, positions, window, device).sparsity()
     return {"T": frames, "p": positions, "window": window, "ours ms": ms["ours"],
             "dense / ours": ms["dense"] / ms["ours"],
             "ours / pairs at peak": ms["ours"] / at_peak, "hidden pairs %": 100 * (1 - visible.float().mean().item()),
-            "hidden blocks %": sparsity}
+            "hidden blocks %": blocks.sparsity()}
 
 
 def attention_table(cfg, device):
@@ -314,7 +315,7 @@ def data_rows(cfg, device):
 
 def read_frames(model, n, device):
     """A cache that holds n frames, read one by one as a rollout does."""
-    cache = Cache()
+    cache = Cache(device)
     for _ in range(n):
         model.read(torch.randn(1, 1, *model.cfg.frame_shape, device=device), torch.zeros(1, 1, device=device), cache)
     return cache
@@ -326,6 +327,9 @@ def sample_table(cfg, device):
     model.dtype = compute_dtype(device)
     picture = image_model(cfg).eval().requires_grad_(False).to(device)
     picture.dtype = model.dtype
+    if cfg.compile:
+        model.step, model.read = compiled(model.step), compiled(model.read)
+        picture.denoise = torch.compile(picture.denoise, mode="reduce-overhead", dynamic=False)
     x, sigma = torch.randn(1, 1, *model.cfg.frame_shape, device=device), torch.ones(1, 1, device=device)
     positions = (1, window, 4 * window, 16 * window, cfg.far)
     caches = {n: read_frames(model, n, device) for n in positions}

@@ -95,7 +95,8 @@ class BothWaysAttention(Attention):
     def attend(self, qkv, seq):
         if self.window == 1:
             return super().attend(qkv, seq)
-        q, k, v = (rearrange(z, "b 1 t m p d -> b m (t p) d") for z in (*rotate(qkv[:2], 0), qkv[2]))
+        q, k = rotate(qkv[:2], seq.positions(qkv.device), self.rotary)
+        q, k, v = (rearrange(z, "b 1 t m p d -> b m (t p) d") for z in (q, k, qkv[2]))
         return rearrange(F.scaled_dot_product_attention(q, k, v), "b m (t p) d -> b 1 t m p d", t=seq.frames)
 
 
@@ -175,7 +176,7 @@ class Stacked(Ours):
     def read(self, x, sigma, cache, actions=None):
         past = self.past_frames(x, cache)
         past.copy_(torch.cat([past, x], dim=1)[:, -self.k:])
-        cache.position += x.shape[1]
+        cache.clock += x.shape[1]
 
     @torch.no_grad()
     def step(self, x, sigma, cache, actions=None):

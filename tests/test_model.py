@@ -111,6 +111,10 @@ def visible(s, t, reach):
     return before | {(s, t)}
 
 
+def rotated(x, start):
+    return m.rotate(x, start + torch.arange(x.shape[-4]), m.rotary_table(x.shape[-1] // 2))
+
+
 def attention_inputs(s, t, p, heads=2, d=16, b=2, device="cpu", dtype=torch.float32):
     """q, k, v: b s t m p d, of RMS 1 over d, as the cosine attention makes them."""
     g = torch.Generator().manual_seed(s + 10 * t + 100 * p)
@@ -256,7 +260,7 @@ def test_sharpness_multiplies_the_logits_of_each_head(window):
     assert layer.sharpness.tolist() == [1, 1]
     layer.sharpness.data[:] = torch.tensor([0.5, 20])
     q, k, v = m.unit_rms(rearrange(layer.qkv(x), "(b t) (n m d) h w -> n b 1 t m (h w) d", n=3, m=2, t=4), -1)
-    expected = dense_attention(m.rotate(q, 0) * torch.tensor([0.5, 20])[:, None, None], m.rotate(k, 0), v, window)
+    expected = dense_attention(rotated(q, 0) * torch.tensor([0.5, 20])[:, None, None], rotated(k, 0), v, window)
     expected = rearrange(expected, "b 1 t m (h w) d -> (b t) (m d) h w", h=2)
     assert farthest(layer(x, m.Sequence(1, 4)), m.mp_sum(x, layer.out(expected), 0.3)) < 1e-5
 
@@ -379,16 +383,16 @@ def test_two_interleaved_rollouts_do_not_mix():
 
 def test_a_rotation_in_time_repeats_after_a_period_exactly():
     q = torch.randn(1, 1, 5, 2, 3, 16)
-    assert torch.equal(m.rotate(q, 7), m.rotate(q, 7 + m.ROTARY_PERIOD))
-    assert torch.equal(m.rotate(q, m.ROTARY_PERIOD - 2)[:, :, 2:], m.rotate(q, 0 - 2 + m.ROTARY_PERIOD * 3)[:, :, 2:])
-    assert farthest(m.rotate(q, 7), m.rotate(q, 8)) > 0.1
+    assert torch.equal(rotated(q, 7), rotated(q, 7 + m.ROTARY_PERIOD))
+    assert torch.equal(rotated(q, m.ROTARY_PERIOD - 2)[:, :, 2:], rotated(q, 0 - 2 + m.ROTARY_PERIOD * 3)[:, :, 2:])
+    assert farthest(rotated(q, 7), rotated(q, 8)) > 0.1
 
 
 def test_rotated_products_depend_on_the_distance_in_time_only():
     q, k = torch.randn(2, 1, 1, 1, 1, 1, 16)
     products = {}
     for start in (0, 5, m.ROTARY_PERIOD - 4, m.ROTARY_PERIOD - 1, 3 * m.ROTARY_PERIOD - 2):
-        products[start] = torch.stack([(m.rotate(q, start + distance) * m.rotate(k, start)).sum()
+        products[start] = torch.stack([(rotated(q, start + distance) * rotated(k, start)).sum()
                                        for distance in range(8)])
     for product in products.values():
         assert farthest(product, products[0]) < 1e-5
@@ -402,7 +406,7 @@ def test_a_rollout_past_the_rotary_period_goes_on_as_any_other(start):
     denoiser = network(channel_mults=(1,), video_attn_resolutions=(8,), frame_attn_resolutions=(), window=2)
     x, sigma, _ = training_inputs(denoiser, frames=15)
     late = Cache()
-    late.position = start
+    late.clock += start
     found = frame_by_frame(denoiser, x, sigma, cache=late)
     assert late.position == start + 14
     assert_same_frames({t: found[t] for t in range(5, 15)}, denoiser(x, sigma)[0])
@@ -436,7 +440,29 @@ def test_flex_attention_is_the_dense_softmax(shape, window):
     window = shape[1] if window == "all" else window
     qkv = attention_inputs(*shape)
     with torch.no_grad():
-        assert farthest(m.attend_flex(*qkv, window, flex=flex_attention), dense_attention(*qkv, window)) < 1e-5
+        found = m.attend_flex(*qkv, m.block_mask(*shape, window, qkv[0].device), flex=flex_attention)
+        assert farthest(found, dense_attention(*qkv, window)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+def test_a_network_with_the_masks_of_a_gpu_computes_the_same(monkeypatch):
+    """Attention at two resolutions of frames that are no squares; its UNet, compiled, makes no mask of its own."""
+    from torch.nn.attention.flex_attention import flex_attention
+    graphs = []
+    monkeypatch.setattr(m, "compiled_flex_attention", lambda: flex_attention)
+    denoiser = network(frame_shape=(1, 8, 16), video_attn_resolutions=(8, 4), frame_attn_resolutions=())
+    x, sigma, _ = training_inputs(denoiser, copies=2)
+    expected = denoiser(x, sigma)[0]
+    seq = m.Sequence(3, x.shape[2])
+    seq.masks = denoiser.block_masks(seq, x.device)
+    torch._dynamo.reset()
+    denoiser.unet.compile(backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for _ in range(2):
+            assert farthest(denoiser.denoise(x, sigma, None, seq), expected) < 1e-5
+    (graph,) = graphs
+    assert graph.code.count("flex_attention") >= 5
+    assert "argsort" not in graph.code                                  # which sorts the blocks of a mask
 
 
 @pytest.mark.parametrize("window", [2, 3, 4])
@@ -446,8 +472,8 @@ def test_cached_attention_is_the_dense_softmax_over_several_windows(chunks, wind
     layer, cache, found = attention(window), Cache(), []
     for parts in zip(*(x.split(chunks, dim=2) for x in (q, k, v)), strict=True):
         found.append(layer.attend(torch.stack(parts), m.Sequence(1, parts[0].shape[2], cache, commit=True)))
-        cache.position += parts[0].shape[2]
-    assert farthest(torch.cat(found, dim=2), dense_attention(m.rotate(q, 0), m.rotate(k, 0), v, window)) < 1e-5
+        cache.clock += parts[0].shape[2]
+    assert farthest(torch.cat(found, dim=2), dense_attention(rotated(q, 0), rotated(k, 0), v, window)) < 1e-5
 
 
 @pytest.mark.gpu
@@ -457,7 +483,8 @@ def test_compiled_flex_attention_is_the_dense_softmax_with_its_gradients(shape, 
     for window in (1, 3, shape[1]):
         qkv = attention_inputs(*shape, d=32, device="cuda", dtype=dtype)
         exact = [x.detach().float().requires_grad_() for x in qkv]
-        found, expected = m.attend_flex(*qkv, window), dense_attention(*exact, window)
+        mask = m.block_mask(*shape, window, qkv[0].device)
+        found, expected = m.attend_flex(*qkv, mask), dense_attention(*exact, window)
         assert rms(found - expected) < tolerance * rms(expected)
         for grad, expected_grad in zip(gradients(found, qkv), gradients(expected, exact), strict=True):
             for s in range(shape[0]):                                   # each copy by itself: a wrong one cannot hide

@@ -330,6 +330,35 @@ def test_the_caches_never_grow_and_never_move(model, context):
     assert rollout.cache.position == 4 + 21
 
 
+@pytest.mark.parametrize("given, guidance", [(4, 1.0), (0, 1.5)])
+def test_a_compiled_rollout_is_the_same_from_two_graphs(model, context, monkeypatch, given, guidance):
+    """Traced, with its operations left as they are: one graph of an evaluation and one of reading a frame serve all
+    frames, over more than three windows, and another rollout too."""
+    graphs, compiler = [], torch.compile
+
+    def count(graph, inputs, **_):
+        graphs.append(graph)
+        return graph
+    monkeypatch.setattr(torch, "compile", lambda method, mode, **how: compiler(method, backend=count, **how))
+    torch._dynamo.reset()
+    rollouts = [dict(levels=LEVELS, seed=seed, guidance=guidance, context_noise=0.1) for seed in (0, 1)]
+    expected = [take(Rollout(model, context[:, :given], **how), 4 * WINDOW) for how in rollouts]
+    model.step, model.read = sampling.compiled(model.step), sampling.compiled(model.read)
+    for how, frames in zip(rollouts, expected, strict=True):
+        assert (take(Rollout(model, context[:, :given], **how), 4 * WINDOW) - frames).abs().max() < 1e-5
+    assert len(graphs) == 2
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+
+
+@pytest.mark.gpu
+def test_a_rollout_of_cuda_graphs_is_the_same(model, context):
+    model, context = model.cuda(), context.cuda()
+    expected = take(Rollout(model, context, LEVELS, guidance=1.5), 4 * WINDOW)
+    model.step, model.read = sampling.compiled(model.step), sampling.compiled(model.read)
+    for _ in range(2):
+        assert (take(Rollout(model, context, LEVELS, guidance=1.5), 4 * WINDOW) - expected).abs().max() < 1e-2
+
+
 def test_the_past_is_read_with_the_context_noise_and_the_frames_are_given_without(model, context, monkeypatch):
     reads = record(model, "read", monkeypatch)
     rollout = Rollout(model, context, LEVELS, context_noise=0.3)
