@@ -57,6 +57,7 @@ churn = 0.0                 # fresh noise per frame (S_churn); 0 is the determin
 churn_min = 0.05            # noise levels below which no fresh noise is added (S_tmin)
 churn_max = 50.0            # ... and above which (S_tmax)
 context_noise = -1.0        # noise level at which the past is read; -1: half the largest of the training
+temperature = 1.0           # of each frame's first noise: below 1, shapes hold longer, and open futures differ less
 guidance = 1.0              # above 1: away from what a frame without a past would be; twice the evaluations
 ema = 0.05                  # width of the averaged weights; 0: the raw weights of the last step
 seed = 0                    # same seed, same file
@@ -118,9 +119,10 @@ class Rollout:
     before it becomes the past, as it is when shown. Frame t's noise is a function of (seed, t) alone.
     """
 
-    def __init__(self, model, clip, levels, seed=0, actions=None, limits=None, context_noise=0.0, guidance=1.0, **how):
+    def __init__(self, model, clip, levels, seed=0, actions=None, limits=None, context_noise=0.0, temperature=1.0,
+                 guidance=1.0, **how):
         self.model, self.levels, self.seed, self.how = model, levels, seed, how          # how: solver and churn
-        self.limits, self.guidance = limits, guidance
+        self.limits, self.temperature, self.guidance = limits, temperature, guidance
         self.actions, self.context_noise = actions, context_noise
         self.shape, self.device = (clip.shape[0], *clip.shape[2:]), clip.device
         self.cache, self.no_past = Cache(clip.device), Cache(clip.device)
@@ -139,7 +141,7 @@ class Rollout:
     def advance(self, action=None):
         """The next frame, b c h w, which `action`, b 1 (..), leads to."""
         generator = seeded(self.device, self.seed, self.cache.position)
-        x = torch.randn(self.shape, generator=generator, device=self.device) * self.levels[0]
+        x = torch.randn(self.shape, generator=generator, device=self.device) * (self.levels[0] * self.temperature)
         x = reverse_diffusion(functools.partial(self.denoise, action), x, self.levels, generator=generator, **self.how)
         x = x.clamp(*self.limits) if self.limits else x
         self.read(x[:, None], action)
@@ -157,9 +159,9 @@ class Rollout:
     def read(self, x, actions):
         """Writes finished frames b t c h w into the caches, at the level of noise that training gave its context."""
         if self.context_noise:
-            positions = range(self.cache.position, self.cache.position + x.shape[1])
+            first = self.cache.position
             noise = [torch.randn(self.shape, generator=seeded(self.device, self.seed, t, 1), device=self.device)
-                     for t in positions]
+                     for t in range(first, first + x.shape[1])]
             x = x + self.context_noise * torch.stack(noise, dim=1)
         self.model.read(x, x.new_full(x.shape[:2], self.context_noise), self.cache, actions)
 
@@ -628,14 +630,14 @@ def read_actions(text, frames, samples, action_dim):
 def rollout_settings(cfg):
     """What `Rollout` takes beyond the model and the clip."""
     levels = noise_levels(cfg.steps, cfg.sigma_min, cfg.sigma_max, cfg.rho)
-    names = ("seed", "context_noise", "guidance", "solver", "churn", "churn_min", "churn_max")
+    names = ("seed", "context_noise", "temperature", "guidance", "solver", "churn", "churn_min", "churn_max")
     return {"levels": levels, **{name: getattr(cfg, name) for name in names}}
 
 
 def check_settings(cfg):
     """UserError before any work is done."""
     for name, least in (("frames", 1), ("samples", 1), ("context", 0), ("first_clip", 0), ("steps", 1), ("seed", 0),
-                        ("fps", 1), ("scale", 1), ("churn", 0), ("context_noise", -1)):
+                        ("fps", 1), ("scale", 1), ("churn", 0), ("context_noise", -1), ("temperature", 0)):
         require(getattr(cfg, name) >= least, f"--{name}={getattr(cfg, name)}: must be at least {least}")
     for name, choices in (("solver", ("euler", "heun")), ("precision", ("bfloat16", "float32"))):
         require(getattr(cfg, name) in choices, f"--{name}={getattr(cfg, name)}: choose {' or '.join(choices)}")

@@ -36,6 +36,7 @@ steps = (6,)                    # steps per frame
 sigma_min = (0.2,)              # last noise level before 0
 sigma_max = (40.0,)             # first noise level
 context_noise = (0.05,)         # noise levels at which the past is read
+temperature = (1.0,)            # of each frame's first noise
 guidance = (1.0,)               # history guidance; 1 is none
 churn = (0.0,)                  # fresh noise per frame, at noise levels from 0.05 to 50
 ema = 0.05                      # width of the averaged weights
@@ -45,7 +46,7 @@ plot = ""                       # picture of them, by matplotlib; empty: none
 seed = 0                        # of the rollouts' noise and of the classifier
 device = "auto"                 # auto, cpu, cuda, ..
 
-VARIED = ("solver", "steps", "sigma_min", "sigma_max", "context_noise", "guidance", "churn")
+VARIED = ("solver", "steps", "sigma_min", "sigma_max", "context_noise", "temperature", "guidance", "churn")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -161,9 +162,9 @@ def main(cfg):
     for values in itertools.product(*(getattr(cfg, name) for name in VARIED)):
         told = [f"{key} {value}" for key, value in zip(VARIED, values) if len(getattr(cfg, key)) > 1]
         name = ", ".join(told) or "rollout"
-        solver, steps, low, high, noise, guidance, churn = values
-        settings = {"levels": noise_levels(steps, low, high, 7), "seed": cfg.seed, "context_noise": noise,
-                    "solver": solver, "guidance": guidance, "churn": churn, "churn_min": 0.05, "churn_max": 50.0}
+        solver, steps, low, high, *how = values
+        settings = {"levels": noise_levels(steps, low, high, 7), "seed": cfg.seed, "solver": solver,
+                    "churn_min": 0.05, "churn_max": 50.0, **dict(zip(VARIED[4:], how, strict=True))}
         frames = roll_out(model, truth.to(device), cfg.given, cfg.frames, state["stats"], settings, progress=True)
         results[name] = measure(torch.from_numpy(np.stack(list(frames), axis=1)), truth, labels, net)
         print_table(name, results[name], cfg)

@@ -51,7 +51,7 @@ def training_inputs(denoiser, copies=1, frames=6, b=2, seed=1):
 
 def frame_by_frame(denoiser, x, sigma, actions=None, chunks=None, cache=None):
     """{t: D b r c h w} by incremental passes: the noised frames t, wherever a chunk of context has been read."""
-    cache = cache or Cache()
+    cache = cache or Cache(x.device)
     chunks = chunks or [1] * (x.shape[2] - 1)
     found, t = {}, 0
     for length in [*chunks, 0]:
