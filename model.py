@@ -10,7 +10,7 @@ Time is mixed in the UNet's encoder and middle; its decoder works on the frames 
 """
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -177,11 +177,15 @@ class Sequence:
     commit: bool = False
     last: bool = False
     masks: dict = None
+    known: dict = field(default_factory=dict)               # what `of_positions` has returned
 
-    def positions(self, device):
-        """Index of each frame in its clip or rollout: t."""
-        ahead = torch.arange(self.frames, device=device)
-        return ahead + self.cache.clock if self.cache else ahead
+    def of_positions(self, function, device, *settings):
+        """function(index of each frame in its clip or rollout, *settings): the same for all layers of a pass, so the
+        first one that asks computes it."""
+        if function not in self.known:
+            ahead = torch.arange(self.frames, device=device)
+            self.known[function] = function(ahead + self.cache.clock if self.cache else ahead, *settings)
+        return self.known[function]
 
     def unfold(self, x):
         return rearrange(x, "(b s t) ... -> b s t ...", s=self.copies, t=self.frames)
@@ -193,6 +197,11 @@ class Sequence:
     def going_on(self, x):
         """Of x b s t .. what the next layer reads."""
         return self.noised(x) if self.last else x
+
+
+def past_gain(positions, kernel):
+    """g_t of the frames at `positions` t: t 1. A missing past must not shrink the first frames."""
+    return (kernel / (positions + 1).clamp(max=kernel)).sqrt()[:, None]
 
 
 class CausalConv(MPWeight):
@@ -208,8 +217,6 @@ class CausalConv(MPWeight):
     def __init__(self, c_in, c_out, kernel):
         super().__init__(c_out, kernel, c_in, 3, 3)
         self.kernel = kernel
-        # g_t of a clip's first k frames, the last one's ever after: a missing past must not shrink a frame
-        self.register_buffer("gains", (kernel / torch.arange(1, kernel + 1)).sqrt(), persistent=False)
 
     def forward(self, x, scale, seq, gain=1.0):
         """x: (b s t) c_in h w; scale: (b s t) c_out, multiplied into the output -> of those going on, as x."""
@@ -217,8 +224,7 @@ class CausalConv(MPWeight):
         x, scale = seq.unfold(x), seq.unfold(scale)
         if self.kernel > 1:
             past = self.past(x, weight[1:], seq)[:, None].expand(-1, seq.copies, -1, -1, -1, -1)
-            gains = self.gains[seq.positions(x.device).clamp(max=self.kernel - 1)]
-            scale = scale * gains[:, None].to(scale.dtype)
+            scale = scale * seq.of_positions(past_gain, x.device, self.kernel).to(scale.dtype)
         scale = seq.going_on(scale)
         y = F.conv2d(seq.going_on(x).flatten(0, 2), weight[0], padding=1).unflatten(0, scale.shape[:3])
         y = y + seq.going_on(past) if self.kernel > 1 else y
@@ -264,9 +270,13 @@ def rotary_table(pairs):
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
-def rotate(x, positions, table):
-    """Rotary embedding over time: x: .. t m p d, its frames at `positions` t."""
-    cos, sin = table[:, positions % ROTARY_PERIOD, None, None].to(x.dtype)
+def rotation(positions, table, dtype):
+    """cos and sin of the frames at `positions` t: 2 t 1 1 pairs."""
+    return table[:, positions % ROTARY_PERIOD, None, None].to(dtype)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding over time: x: .. t m p d, by its frames' `rotation`."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -328,16 +338,20 @@ def attend_flex(q, k, v, mask, flex=None):
     return rearrange(out, "b m (s t p) d -> b s t m p d", s=s, t=t)
 
 
-def attend_cached(q, k, v, ring, positions):
-    """The frames at `positions` one after another against a ring (2 b m window p d) of the last frames' keys and
-    values. A frame's slot is the one that the frame leaving the window held, so denoising it and later reading it
-    as clean both just write that slot. Slots that no frame has held yet are hidden."""
-    window, p = ring.shape[3:5]
-    age, frames = torch.arange(window, device=q.device).repeat_interleave(p)[None], []
-    for t, position in enumerate(positions.unbind()):
-        for kept, new in zip(ring, (k, v), strict=True):
-            kept.index_copy_(2, position[None] % window, new[:, 0, t, :, None])
-        frames.append(F.scaled_dot_product_attention(q[:, 0, t], *ring.flatten(3, 4), attn_mask=age <= position))
+def ring_slots(positions, window):
+    """The slot of each frame in a ring of `window` frames, t 1, and which slots have held a frame by then, t window."""
+    return positions[:, None] % window, torch.arange(window, device=positions.device) <= positions[:, None]
+
+
+def attend_cached(q, k, v, ring, slots, held):
+    """Frames one after another against a ring (2 b m window p d) of the last frames' keys and values. A frame's slot
+    is the one that the frame leaving the window held, so denoising it and later reading it as clean both just write
+    that slot. Slots that no frame has held yet are hidden."""
+    frames = []
+    for t in range(q.shape[2]):
+        ring.index_copy_(3, slots[t], torch.stack([k[:, 0, t, :, None], v[:, 0, t, :, None]]))
+        seen = held[t, None].repeat_interleave(q.shape[4], dim=1)
+        frames.append(F.scaled_dot_product_attention(q[:, 0, t], *ring.flatten(3, 4), attn_mask=seen))
     return torch.stack(frames, dim=1)[:, None]
 
 
@@ -370,11 +384,11 @@ class Attention(nn.Module):
         if self.window == 1:
             return F.scaled_dot_product_attention(*qkv.flatten(1, 3)).view_as(qkv[0])
         q_and_k, (v,) = qkv.split([2, 1])
-        q, k = rotate(q_and_k, positions := seq.positions(v.device), self.rotary)
+        q, k = rotate(q_and_k, *seq.of_positions(rotation, v.device, self.rotary, v.dtype))
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
             ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)
-            return attend_cached(q, k, v, ring, positions)
+            return attend_cached(q, k, v, ring, *seq.of_positions(ring_slots, v.device, self.window))
         if seq.masks:
             return attend_flex(q, k, v, seq.masks[q.shape[4]])
         return attend_frame_by_frame(q, k, v, self.window)

@@ -13,7 +13,7 @@ from einops import rearrange
 
 import sample
 import train
-from model import Attention, CausalConv, Denoiser, MPConv, Sequence, border_gain, rotate
+from model import Attention, CausalConv, Denoiser, MPConv, Sequence, border_gain, rotate, rotation
 
 TOLD = (0.0, 0.05, 0.1, 0.2)
 
@@ -95,7 +95,7 @@ class BothWaysAttention(Attention):
     def attend(self, qkv, seq):
         if self.window == 1:
             return super().attend(qkv, seq)
-        q, k = rotate(qkv[:2], seq.positions(qkv.device), self.rotary)
+        q, k = rotate(qkv[:2], *seq.of_positions(rotation, qkv.device, self.rotary, qkv.dtype))
         q, k, v = (rearrange(z, "b 1 t m p d -> b m (t p) d") for z in (q, k, qkv[2]))
         return rearrange(F.scaled_dot_product_attention(q, k, v), "b m (t p) d -> b 1 t m p d", t=seq.frames)
 
