@@ -77,20 +77,18 @@ class MPWeight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(shape))
         self.fan_in = math.prod(shape[1:])
-        self.frozen = None, None                            # what `frozen_scale` last returned for what
+        self.frozen = None, None, None                      # what `scaled` last returned for what, if not training
         self.normalize_weight()
 
     def scaled(self, dtype, gain=1.0):
-        """The weight as it acts."""
-        return (self.scale if self.weight.requires_grad else self.frozen_scale)(dtype, gain)
-
-    @torch.compiler.assume_constant_result
-    def frozen_scale(self, dtype, gain):
-        """When no gradient is wanted: computed once, until the weight is written to."""
-        key = dtype, gain, self.weight.device, self.weight._version
-        if self.frozen[0] != key:
-            self.frozen = key, self.scale(dtype, gain)
-        return self.frozen[1]
+        """The weight as it acts; when no gradient is wanted, computed once, until the weight is written to. A compiled
+        evaluation takes what the one before it, not compiled, has computed."""
+        if self.weight.requires_grad:
+            return self.scale(dtype, gain)
+        key, known = (dtype, gain, self.weight.device), self.frozen
+        if known[0] != key or not torch.compiler.is_compiling() and known[1] != self.weight._version:
+            self.frozen = key, self.weight._version, self.scale(dtype, gain)
+        return self.frozen[2]
 
     def scale(self, dtype, gain):
         return (self.weight * (gain / math.sqrt(self.fan_in))).to(dtype)
