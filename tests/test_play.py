@@ -220,8 +220,8 @@ def test_what_was_asked_is_answered_before_the_server_ends(game, monkeypatch):
 
     def slow(handler):
         time.sleep(0.2)                                     # the server waits for the next request again
-        signal.raise_signal(signal.SIGINT)                  # Ctrl-C, while the answer is on its way
-        time.sleep(0.3)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)   # Ctrl-C, while the answer is on its way;
+        time.sleep(0.3)                                     # sent to this thread, the main one might not hear of it
         end_headers(handler)
 
     def play(url):
