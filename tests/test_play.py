@@ -220,8 +220,8 @@ def test_what_was_asked_is_answered_before_the_server_ends(game, monkeypatch):
 
     def slow(handler):
         time.sleep(0.2)                                     # the server waits for the next request again
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)   # Ctrl-C, while the answer is on its way;
-        time.sleep(0.3)                                     # sent to this thread, the main one might not hear of it
+        signal.raise_signal(signal.SIGINT)                  # Ctrl-C, while the answer is on its way
+        time.sleep(0.3)
         end_headers(handler)
 
     def play(url):
@@ -229,8 +229,9 @@ def test_what_was_asked_is_answered_before_the_server_ends(game, monkeypatch):
         threading.Thread(target=lambda: answers.append(ask(server)), daemon=True).start()
     monkeypatch.setattr(sample.Handler, "end_headers", slow)
     monkeypatch.setattr(sample.webbrowser, "open", play)
-    before = threading.active_count()
-    sample.serve(game, 0)
+    before, handler = threading.active_count(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    sample.serve(game, 0)                                   # in a shell's background, Ctrl-C would be ignored
+    signal.signal(signal.SIGINT, handler)
     assert threading.active_count() <= before + 1           # that asked, and reads the answer
     time.sleep(0.1)
     assert answers[0].code == 200 and b"</script>" in answers[0].body
