@@ -21,5 +21,5 @@ P_mean, P_std = -0.4, 1.4
 context_noise = 0.1
 
 batch_size, max_steps = 8, 20_000
-lr, warmup_steps, decay = 0.03, 500, "linear"
+lr, warmup_steps, decay = 0.01, 500, "linear"
 eval_interval, checkpoint_interval = 1000, 1000

@@ -19,5 +19,5 @@ context_noise = 0.1
 
 # with unit-norm weights, short runs want a high learning rate and a decay to zero
 batch_size, max_steps = 4, 3400
-lr, warmup_steps, decay = 0.06, 100, "linear"
+lr, warmup_steps, decay = 0.02, 100, "linear"
 eval_interval, checkpoint_interval = 850, 425

@@ -365,6 +365,60 @@ def test_the_square_root_schedule_sets_in_at_its_reference_step():
     assert train.learning_rate(2500, cfg) == pytest.approx(0.1, rel=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 30, 12), (4, 1, 128), (5, 5)])
+def test_an_orthogonalised_matrix_keeps_its_singular_vectors_and_makes_their_values_alike(shape):
+    """Values from 1 down to 1 / 200 come to lie between 0.6 and 1.25."""
+    generator = torch.Generator().manual_seed(0)
+    u, s, vt = torch.linalg.svd(torch.randn(shape, generator=generator), full_matrices=False)
+    x = u * torch.logspace(0, -2.3, s.shape[-1]) @ vt
+    values = u.mT @ train.orthogonal(1e3 * x) @ vt.mT
+    diagonal = values.diagonal(dim1=-2, dim2=-1)
+    assert 0.6 < diagonal.min() and diagonal.max() < 1.25
+    torch.testing.assert_close(values, diagonal.diag_embed(), rtol=0, atol=1e-3)
+
+
+def test_a_matrix_of_zeros_has_no_direction():
+    assert train.orthogonal(torch.zeros(2, 3, 4)).eq(0).all()
+
+
+def newton_schulz(x):
+    """The iteration as it is published, on one matrix in double precision."""
+    rows, columns = x.shape
+    x = (x if rows <= columns else x.T).double()
+    x = x / x.norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x - (4.7750 * square - 2.0315 * square @ square) @ x
+    return x if rows <= columns else x.T
+
+
+def test_steps_go_along_the_orthogonalised_momentum_by_the_learning_rate():
+    """Weights of several shapes, some of them alike, a vector among them; three steps, the rate changing."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 2, 3, 3, 3), (6, 54), (20, 4), (4,), (1,)]
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    optimizer, expected = train.Muon(weights), [w.detach().double() for w in weights]
+    averages = [0.0] * len(shapes)
+    for lr in (0.1, 0.02, 0.3):
+        optimizer.param_groups[0]["lr"] = lr
+        for i, w in enumerate(weights):
+            w.grad = torch.randn(w.shape, generator=generator)
+            averages[i] = 0.95 * averages[i] + 0.05 * w.grad.double()
+            ahead = 0.95 * averages[i] + 0.05 * w.grad.double()
+            ahead = ahead.reshape(len(ahead) if ahead.ndim > 1 else 1, -1)
+            move = newton_schulz(ahead) * max(ahead.shape) ** 0.5
+            expected[i] = expected[i] - lr * move.reshape(w.shape)
+        optimizer.step()
+        for w, target in zip(weights, expected, strict=True):
+            torch.testing.assert_close(w.detach().double(), target, rtol=0, atol=1e-4)
+
+
+def test_adam_learns_too(tiny, tmp_path):
+    train.main(tiny(max_steps=40, log_interval=5, optimizer="adam", lr=0.02))
+    losses = [entry["loss"] for entry in read_log(tmp_path / "run") if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.3
+
+
 def test_averages_weigh_step_t_with_the_power_function(tiny):
     """After N steps the weights of step i count (i/N)^(gamma+1) - ((i-1)/N)^(gamma+1): t^gamma, integrated."""
     weight = torch.nn.Linear(3, 2).double()
@@ -698,7 +752,7 @@ if os.environ.get("RANK") == "1":
 
 
 EVERYTHING = {"dropout": 0.2, "context_noise": 0.3, "accumulate": 2, "noised_copies": 2, "eval_interval": 4,
-              "picture_frames": 3}
+              "picture_frames": 3, "optimizer": "adam"}
 
 
 @pytest.mark.parametrize("changes, stops", [
@@ -812,6 +866,17 @@ def test_a_run_is_continued_with_other_settings_if_that_is_asked_for(half_done, 
     assert 0 < weights_moved(after, state) < 0.05 and after["settings"]["lr"] == 0.005
     cfg.channels = 32
     assert "another network: " in assert_refused(cfg, folder)
+
+
+def test_another_optimizer_begins_without_the_moments_of_the_first(half_done):
+    folder, cfg = half_done
+    steps, cfg.optimizer, cfg.init_from = cfg.max_steps, "adam", "changed"
+    cfg.max_steps += 1
+    train.main(cfg)
+    state = load(folder)
+    assert state["step"] == steps + 1
+    for moments in state["optimizer"]["state"].values():
+        assert set(moments) == {"step", "exp_avg", "exp_avg_sq"} and moments["step"] == 1
 
 
 def test_the_log_is_drawn(finished, tmp_path):
