@@ -52,8 +52,7 @@ workers = 0                 # processes; 0: one per core
 # -- fetching MNIST
 data_dir = "data/mnist"     # folder of the two MNIST images files; missing ones are downloaded into it
 
-# ---------------------------------------------------------------------------------------------------
-# Small tools: errors the user can mend, and files that are whole.
+# ---- Small tools: errors the user can mend, and files that are whole.
 
 def require(condition, message):
     if not condition:
@@ -81,8 +80,7 @@ def replacing(path, keep=None):
             temporary.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------
-# MNIST files: downloaded from the first mirror that has them, under their names only when whole and verified.
+# ---- MNIST files: downloaded from the first mirror that has them, under their names only when whole and verified.
 
 FILES = {"train": "train-images-idx3-ubyte.gz", "val": "t10k-images-idx3-ubyte.gz"}     # the official splits
 STREAMS = {"train": 0, "val": 1}                            # of random numbers; 2 and 3 draw font digits
@@ -135,8 +133,7 @@ def download(name, folder, mirrors=MIRRORS, md5=MD5, timeout=10.0):
         raise UserError(f"{name}: {', '.join(reasons)}")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The digit bank: MNIST from disk, else downloaded, else drawn with a font, and said to be so.
+# ---- The digit bank: MNIST from disk, else downloaded, else drawn with a font, and said to be so.
 
 def draw_digit(text, rng):
     """A digit of Pillow's font, uint8 (28, 28): scaled, sheared, turned and thickened at random."""
@@ -204,8 +201,7 @@ def load_digits(data_dir, split, seed):
     return digits[first:last], f"MNIST, digits {first} to {last - 1} of {path}"
 
 
-# ---------------------------------------------------------------------------------------------------
-# Moving digits: every clip has its own digits, starting places and velocities, in pixels and frames.
+# ---- Moving digits: every clip has its own digits, starting places and velocities, in pixels and frames.
 
 def reflect(places, free):
     """Fold a straight path onto [0, free]: a triangle wave, mirrored at the walls, exact at any speed."""
@@ -299,8 +295,7 @@ class MovingDigits:
         return frames, None
 
 
-# ---------------------------------------------------------------------------------------------------
-# A world to walk in: what a place looks like is settled, so coming back tests memory against a known truth.
+# ---- A world to walk in: what a place looks like is settled, so coming back tests memory against a known truth.
 
 MOVES = np.array([[0, 0], [-1, 0], [1, 0], [0, -1], [0, 1]])            # (y, x) of stay, up, down, left, right
 
@@ -348,8 +343,7 @@ class CanvasWorld:
         return np.stack([canvas[None, y:y + size, x:x + size] for y, x in self.move * np.array(places)]), actions
 
 
-# ---------------------------------------------------------------------------------------------------
-# Videos from files: frames with their times. Latents are arrays of floats, and stay as they are.
+# ---- Videos from files: frames with their times. Latents are arrays of floats, and stay as they are.
 
 PICTURES, ARRAYS, FILMS = (".png", ".jpg", ".jpeg"), (".npy", ".npz"), (".mp4", ".mov", ".avi", ".mkv", ".webm")
 
@@ -473,9 +467,8 @@ def with_actions(timed, path):
     usable(count == len(actions), f"{beside} has {len(actions)} actions for {count} frames")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Preparing clips: of each source NAME.raw, its frames one after another, perhaps NAME.actions.npy, and NAME.json, which
-# is written last: what has one is whole. meta.json, made of them at the end, is all that training looks up.
+# ---- Preparing clips: of each source NAME.raw, its frames one after another, perhaps NAME.actions.npy, and NAME.json,
+# which is written last: what has one is whole. meta.json, made of them at the end, is all that training looks up.
 
 MADE_WITH = ("env", "size", "channels", "fps", "letterbox", "max_frames", "min_frames", "seed")     # the same for all
 
@@ -673,8 +666,7 @@ def prepare(cfg):
     print(f"{len(meta['left_out'])} sources left out")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Prepared clips, mapped into memory: a batch reads the pages it needs.
+# ---- Prepared clips, mapped into memory: a batch reads the pages it needs.
 
 @functools.lru_cache(maxsize=256)                           # each holds a file open
 def mapped(path, dtype, shape):
@@ -738,8 +730,7 @@ def open_source(cfg, split):
     return sources[cfg.dataset](cfg, split)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Pixels to network values and back: zero mean, standard deviation sigma_data over the training set.
+# ---- Pixels to network values and back: zero mean, standard deviation sigma_data over the training set.
 
 def measure(source, clips=256):
     """dict(mean, std), each a list of c floats: the pixels of the first clips on a scale from 0 to 1; prepared clips
@@ -775,8 +766,7 @@ def to_pixels(x, stats, sigma_data):
     return values.half() if stats.get("latent") else values.round().clamp(0, 255).to(torch.uint8)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Batches: the clips a process sees depend only on the step and its rank, so a run can stop and go on.
+# ---- Batches: the clips a process sees depend only on the step and its rank, so a run can stop and go on.
 
 def load_batch(source, indices):
     """Clips `indices` as (uint8 (b, t, c, h, w), actions (b, t, ...) or None)."""
@@ -820,8 +810,7 @@ class Batches(Iterator, contextlib.AbstractContextManager):
         self.threads.shutdown(cancel_futures=True)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The script.
+# ---- The script.
 
 def fetch_mnist(cfg):
     """Fetches MNIST ahead of time, and says what is there."""

@@ -18,8 +18,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------------------
-# Magnitude-preserving operations: unit variance in, unit variance out (EDM2, section 2 and appendix B).
+# ---- Magnitude-preserving operations: unit variance in, unit variance out (EDM2, section 2 and appendix B).
 
 def unit_rms(x, dims, gain=1.0):
     """x scaled to root mean square `gain` over `dims`, measured in float32."""
@@ -126,8 +125,7 @@ class MPConv(MPWeight):
         return F.conv2d(x, weight, padding=k // 2)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The time axis: how the frames of a pass are laid out, and what step-by-step inference remembers.
+# ---- The time axis: how the frames of a pass are laid out, and what step-by-step inference remembers.
 
 def sees(s_q, t_q, s_k, t_k, window):
     """Whether query frame (s_q, t_q) sees key frame (s_k, t_k): itself, and clean frames (s = 0) before it.
@@ -251,9 +249,8 @@ class CausalConv(MPWeight):
         return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, k - 1 - j)) for j, part in enumerate(parts, start=1))
 
 
-# ---------------------------------------------------------------------------------------------------
-# Video attention: one softmax over everything `sees` lets a query see. q, k, v: b s t m p d
-# (m heads, p = h w positions of a frame, d head dimension).
+# ---- Video attention: one softmax over everything `sees` lets a query see. q, k, v: b s t m p d (m heads, p = h w
+# positions of a frame, d head dimension).
 
 ROTARY_PERIOD = 1024                                        # frames
 
@@ -392,8 +389,7 @@ class Attention(nn.Module):
         return attend_frame_by_frame(q, k, v, self.window)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The UNet (EDM2 Figure 21, config G). Time is mixed by encoder and middle, in each block's first convolution and
+# ---- The UNet (EDM2 Figure 21, config G). Time is mixed by encoder and middle, in each block's first convolution and
 # attention. The clean frames have no other reader, so the decoder, the larger half, is spared them.
 
 @dataclass
@@ -526,8 +522,7 @@ class UNet(nn.Module):
         return self.head(x) * self.head_gain
 
 
-# ---------------------------------------------------------------------------------------------------
-# The denoiser: EDM's preconditioning around the UNet, and the learned log-variance of its error.
+# ---- The denoiser: EDM's preconditioning around the UNet, and the learned log-variance of its error.
 
 CLEAN_SIGMA = 0.002                                         # noise level that a clean frame is told to have
 

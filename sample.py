@@ -71,8 +71,7 @@ device = "auto"             # auto, cpu, cuda, cuda:1, ..
 compile = False             # torch.compile: a minute or two to start, then faster frames; on a GPU as CUDA graphs
 
 
-# ---------------------------------------------------------------------------------------------------
-# Randomness: every generator is made from numbers, so that nothing depends on what ran before.
+# ---- Randomness: every generator is made from numbers, so that nothing depends on what ran before.
 
 def seeded(device, *key):
     """A generator that is a function of the whole numbers in `key`."""
@@ -80,8 +79,7 @@ def seeded(device, *key):
     return torch.Generator(device).manual_seed(int(state >> 1))
 
 
-# ---------------------------------------------------------------------------------------------------
-# The sampler (EDM Algorithm 2): reverse diffusion of one frame, with any denoiser D(x, sigma).
+# ---- The sampler (EDM Algorithm 2): reverse diffusion of one frame, with any denoiser D(x, sigma).
 
 def noise_levels(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho):
     """sigma_0 > .. > sigma_{steps-1}, then 0 (EDM Eq. 5)."""
@@ -108,8 +106,7 @@ def reverse_diffusion(denoise, x, levels, solver="euler", generator=None,
     return x
 
 
-# ---------------------------------------------------------------------------------------------------
-# The rollout: denoise a frame, read it in as the newest of the past, and so on.
+# ---- The rollout: denoise a frame, read it in as the newest of the past, and so on.
 
 class Rollout:
     """An endless iterator of frames b c h w in network units, after the given `clip` b t c h w (t may be 0).
@@ -182,8 +179,7 @@ def compiled(method):
     return call
 
 
-# ---------------------------------------------------------------------------------------------------
-# Averaged weights of any width, after training (EDM2 section 3 and Algorithm 3).
+# ---- Averaged weights of any width, after training (EDM2 section 3 and Algorithm 3).
 
 def ema_exponent(width):
     """gamma of the power-function average whose standard deviation is `width` of the run (EDM2 section 3.1)."""
@@ -220,8 +216,7 @@ def reconstruct_ema(folder, step, width):
             for name in parts[0][2]}
 
 
-# ---------------------------------------------------------------------------------------------------
-# Checkpoints.
+# ---- Checkpoints.
 
 VERSION = 4                                                 # of checkpoints; a new one when old ones cannot be read
 WEIGHT_KEYS = ("version", "step", "settings", "model_config", "stats", "model")          # all that sampling needs
@@ -288,9 +283,8 @@ def compute_dtype(device):
     return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------
-# Writers. They take frames as these are made, uint8 n c h w each, n samples side by side; the first `given` ones get a
-# bright border. GIFs and films are encoded frame by frame; the other formats need all frames before they can begin.
+# ---- Writers. They take frames as these are made, uint8 n c h w each, n samples side by side; the first `given` ones
+# get a bright border. GIFs and films are encoded frame by frame; the other formats need all frames to begin.
 
 GIVEN_COLOUR, MADE_COLOUR = (255, 160, 0), (48, 48, 48)
 
@@ -396,8 +390,7 @@ def beside(clips, frames):
         yield rearrange([true, made], "two b c h w -> (b two) c h w")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Play: a page on this machine asks for one frame after another, each with the action of the keys that are down.
+# ---- Play: a page on this machine asks for one frame after another, each with the action of the keys that are down.
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>play</title>
 <style>body { background: #111; color: #ddd; font: 16px sans-serif; text-align: center }
@@ -596,8 +589,7 @@ def serve(game, port):
     print("\nended")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The script.
+# ---- The script.
 
 def read_prompt(path, count, samples, shape):
     """The first `count` frames of a file, in the model's shape, for every sample: uint8 b t c h w."""

@@ -101,8 +101,7 @@ FREE_TO_CHANGE = {"init_from", "out_dir", "data_dir", "log_interval", "eval_inte
                   "eval_context", "picture_frames", "picture_steps"}
 
 
-# ---------------------------------------------------------------------------------------------------
-# Processes: one, or those that torchrun started.
+# ---- Processes: one, or those that torchrun started.
 
 def start_processes(cfg):
     """(device, rank, world size); joins the process group if torchrun set one up."""
@@ -139,8 +138,7 @@ def like(parameter, x):
     return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The loss (EDM2 Eq. 14 to 21), on the noised copies of every frame.
+# ---- The loss (EDM2 Eq. 14 to 21), on the noised copies of every frame.
 
 def draw_noise(samples, copies, shape, cfg, device):
     """Noise for the clips with the global numbers `samples`, each a function of (seed, number) alone:
@@ -189,8 +187,7 @@ def loss_of(model, clips, actions, noise, cfg):
     return (weight / u.exp() * error + u).mean()
 
 
-# ---------------------------------------------------------------------------------------------------
-# The optimizer's surroundings: learning rate, averaged weights.
+# ---- The optimizer's surroundings: learning rate, averaged weights.
 
 def learning_rate(step, cfg):
     """Linear warm-up, then to 0 at max_steps, or with the inverse square root of the step (EDM2 Eq. 67)."""
@@ -229,8 +226,7 @@ def averaged_model(new, model, average, device):
     return new.eval().requires_grad_(False).to(device)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Evaluation: denoising error by noise level, without and with context, and a picture.
+# ---- Evaluation: denoising error by noise level, without and with context, and a picture.
 
 @torch.no_grad()
 def error_table(model, source, stats, cfg, device, rank=0, world_size=1):
@@ -271,8 +267,7 @@ def draw_picture(path, model, source, stats, cfg, device):
     sample.write(path, sample.beside(clips, made), cfg.eval_context, scale=2)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Checkpoints and the log.
+# ---- Checkpoints and the log.
 
 def previous(path):
     return path.with_name(f"{path.stem}-previous{path.suffix}")
@@ -361,8 +356,7 @@ def draw_log(folder):
         figure.savefig(temporary, format="png")
 
 
-# ---------------------------------------------------------------------------------------------------
-# A run: what a checkpoint holds, and where it runs.
+# ---- A run: what a checkpoint holds, and where it runs.
 
 def check_settings(cfg):
     """UserError for what would otherwise fail late, or silently do nothing."""
@@ -530,8 +524,7 @@ class Run:
                 draw_picture(path, model, self.held_out, self.stats, cfg, self.device)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The training loop.
+# ---- The training loop.
 
 def ask_to_stop(stop):
     """Ctrl-C and SIGTERM append to `stop`, to end after the current step; a second one ends at once."""
