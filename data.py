@@ -33,7 +33,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from tqdm import tqdm
 
-from config import UserError, run
+from config import UserError, require, run
 
 # -- preparing clips
 src = ""                    # folder of films, GIFs, arrays and folders of pictures
@@ -52,15 +52,8 @@ workers = 0                 # processes; 0: one per core
 # -- fetching MNIST
 data_dir = "data/mnist"     # folder of the two MNIST images files; missing ones are downloaded into it
 
-# ---- Small tools: errors the user can mend, and files that are whole.
-
 class Unusable(UserError):
     """What is wrong with one source of frames; the others may be fine."""
-
-
-def require(condition, message, kind=UserError):
-    if not condition:
-        raise kind(message)
 
 
 @contextlib.contextmanager

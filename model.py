@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from config import require
 
 # ---- Magnitude-preserving operations: unit variance in, unit variance out (EDM2, section 2 and appendix B).
 
@@ -155,9 +158,9 @@ class Cache:
     def of(self, layer, shape, like):
         if layer not in self.tensors:
             self.tensors[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        if self.tensors[layer].shape != torch.Size(shape):
-            raise ValueError(f"the cache holds {tuple(self.tensors[layer].shape)}, and the frames need {tuple(shape)}: "
-                             "a cache serves one batch, from its first frame on")
+        found = tuple(self.tensors[layer].shape)
+        require(found == tuple(shape), f"the cache holds {found}, and the frames need {tuple(shape)}: a cache serves "
+                                       "one batch, from its first frame on", ValueError)
         return self.tensors[layer]
 
 
@@ -310,8 +313,6 @@ def attend_frame_by_frame(q, k, v, window):
 @functools.lru_cache(maxsize=64)
 def block_mask(copies, frames, positions, window, device):
     """FlexAttention's mask of `sees` for sequences (s t p): blocks that nobody sees cost nothing."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     def mask(b, m, q, k):
         return sees(q // (frames * positions), q // positions % frames,
                     k // (frames * positions), k // positions % frames, window)
@@ -321,7 +322,6 @@ def block_mask(copies, frames, positions, window, device):
 
 @functools.cache
 def compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention, dynamic=False)     # uncompiled it would build the full score matrix
 
 
@@ -411,26 +411,23 @@ class ModelConfig:
 
     def levels(self):
         """(channels, frames that its attention sees: 1 is the frame itself, 0 no attention) of each level.
-        ValueError names what cannot work."""
-        factor = self.patch_size * 2 ** (len(self.channel_mults) - 1)
-        _, height, width = self.frame_shape
-        if height % factor or width % factor:
-            raise ValueError(f"a frame of {height} x {width} pixels must be divisible by {factor} "
-                             f"(patch_size {self.patch_size}, {len(self.channel_mults)} levels)")
-        heights = [height // self.patch_size >> i for i in range(len(self.channel_mults))]
-        if unmatched := {*self.video_attn_resolutions, *self.frame_attn_resolutions} - {*heights}:
-            raise ValueError(f"no level has the attention resolution {min(unmatched)}: feature maps are "
-                             f"{', '.join(map(str, heights))} high")
-        if not 1 <= self.window <= ROTARY_PERIOD // 2 or self.temporal_kernel < 1:
-            raise ValueError(f"window {self.window} must be 1 to {ROTARY_PERIOD // 2} frames and temporal_kernel "
-                             f"{self.temporal_kernel} at least 1")
+        UserError names what cannot work."""
+        depth, (_, height, width) = len(self.channel_mults), self.frame_shape
+        factor = self.patch_size * 2 ** (depth - 1)
+        require(height % factor == width % factor == 0, f"a frame of {height} x {width} pixels must be divisible by "
+                                                        f"{factor} (patch_size {self.patch_size}, {depth} levels)")
+        heights = [height // self.patch_size >> i for i in range(depth)]
+        for wanted in (*self.video_attn_resolutions, *self.frame_attn_resolutions):
+            require(wanted in heights, f"no level has the attention resolution {wanted}: feature maps are "
+                                       f"{', '.join(map(str, heights))} high")
+        require(1 <= self.window <= ROTARY_PERIOD // 2 and self.temporal_kernel >= 1, f"window {self.window} must be 1 "
+                f"to {ROTARY_PERIOD // 2} frames and temporal_kernel {self.temporal_kernel} at least 1")
+        widths = [self.channels * mult for mult in self.channel_mults]
         windows = [self.window if h in self.video_attn_resolutions else int(h in self.frame_attn_resolutions)
                    for h in heights]
-        widths = [self.channels * mult for mult in self.channel_mults]
-        for c, window in zip(widths, windows, strict=True):
-            if window and c % self.head_dim:
-                raise ValueError(f"head_dim {self.head_dim} does not divide the {c} channels of a level with attention")
-        return list(zip(widths, windows, strict=True))
+        for c in (c for c, window in zip(widths, windows) if window):
+            require(c % self.head_dim == 0, f"head_dim {self.head_dim} does not divide a level's {c} channels")
+        return list(zip(widths, windows))
 
 
 class Residual(nn.Module):
@@ -558,8 +555,7 @@ class Denoiser(nn.Module):
     def step(self, x, sigma, cache, actions=None):
         """The incremental pass of one noised frame that follows those in the cache.
         x: b 1 c h w; sigma: b 1 -> D: b 1 c h w."""
-        if x.shape[1] != 1:
-            raise ValueError(f"{x.shape[1]} noised frames given: they are denoised one at a time")
+        require(x.shape[1] == 1, f"{x.shape[1]} noised frames given: they are denoised one at a time", ValueError)
         self.check(x[:, None], sigma[:, None], actions, copies=1)
         return self.denoise(x[:, None], sigma[:, None], actions, Sequence(1, 1, cache))[:, 0]
 
@@ -614,19 +610,15 @@ class Denoiser(nn.Module):
     def check(self, x, sigma, actions, copies):
         """ValueError that names the expected and the given shape."""
         b, s, t = x.shape[:3]
-        expected = (b, max(s, copies), t, *self.cfg.frame_shape)
-        if x.shape != expected:
-            raise ValueError(f"frames: expected {'b s t' if copies > 1 else 'b 1 t'} + {tuple(self.cfg.frame_shape)}, "
-                             f"at least {copies} copies; given {tuple(x.shape)}")
-        if sigma.shape != (b, s, t):
-            raise ValueError(f"sigma: expected {(b, s, t)}, one per frame; given {tuple(sigma.shape)}")
-        if bool(self.cfg.action_dim) != (actions is not None):
-            raise ValueError(f"actions: the model has action_dim {self.cfg.action_dim}, "
-                             f"given {'none' if actions is None else tuple(actions.shape)}")
-        if actions is not None:
-            wanted = (b, t, self.cfg.action_dim) if actions.is_floating_point() else (b, t)
-            if actions.shape != wanted:
-                raise ValueError(f"actions: expected {wanted}, given {tuple(actions.shape)}")
+        size, action_dim = tuple(self.cfg.frame_shape), self.cfg.action_dim
+        require(x.shape == (b, max(s, copies), t, *size), f"frames: expected {'b s t' if copies > 1 else 'b 1 t'} + "
+                f"{size}, at least {copies} copies; given {tuple(x.shape)}", ValueError)
+        require(sigma.shape == (b, s, t), f"sigma: expected {(b, s, t)}, given {tuple(sigma.shape)}", ValueError)
+        given = "none" if actions is None else tuple(actions.shape)
+        require(bool(action_dim) == (actions is not None),
+                f"actions: the model has action_dim {action_dim}, given {given}", ValueError)
+        expected = "none" if actions is None else (b, t, action_dim) if actions.is_floating_point() else (b, t)
+        require(given == expected, f"actions: expected {expected}, given {given}", ValueError)
 
     def normalize_weights(self):
         """Back to the sphere, after every optimizer step and after loading averaged weights (EDM2 Eq. 66)."""

@@ -30,8 +30,8 @@ from einops import rearrange
 from PIL import GifImagePlugin, Image
 from tqdm import tqdm
 
-from config import UserError, run
-from data import decode, fit, load_batch, open_source, replacing, require, to_network, to_pixels
+from config import UserError, require, run
+from data import decode, fit, load_batch, open_source, replacing, to_network, to_pixels
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make

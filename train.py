@@ -28,9 +28,9 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import sample
-from config import UserError
+from config import UserError, require
 from config import run as run_script
-from data import Batches, load_batch, measure, open_source, replacing, require, to_network
+from data import Batches, load_batch, measure, open_source, replacing, to_network
 from model import Denoiser, ModelConfig
 
 # -- output
@@ -383,10 +383,7 @@ def open_sources(cfg, rank):
 
 def build_model(cfg, source, device):
     fields = {name: getattr(cfg, name) for name in ModelConfig.__dataclass_fields__ if hasattr(cfg, name)}
-    try:
-        return Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim, **fields)).to(device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim, **fields)).to(device)
 
 
 def shard_model(model):
