@@ -258,19 +258,13 @@ class CausalConv(MPWeight):
 ROTARY_PERIOD = 1024                                        # frames
 
 
-def rotary_table(pairs):
-    """cos and sin per position: 2 period pairs. All frequencies are whole turns per `ROTARY_PERIOD` frames, so
-    that positions count modulo the period, exactly, however long the rollout."""
+def rotation(positions, pairs, dtype):
+    """cos and sin of the frames at `positions` t: 2 t 1 1 pairs. All frequencies are whole turns per `ROTARY_PERIOD`
+    frames, so that positions count modulo the period, exactly, however long the rollout."""
     fastest = ROTARY_PERIOD / (2 * math.pi)                 # one radian per frame
-    turns = (fastest ** (1 - torch.arange(pairs) / pairs)).round().long()
-    phase = torch.arange(ROTARY_PERIOD)[:, None] * turns % ROTARY_PERIOD                 # whole numbers: no rounding
-    angle = phase.double() * (2 * math.pi / ROTARY_PERIOD)
-    return torch.stack([angle.cos(), angle.sin()]).float()
-
-
-def rotation(positions, table, dtype):
-    """cos and sin of the frames at `positions` t: 2 t 1 1 pairs."""
-    return table[:, positions % ROTARY_PERIOD, None, None].to(dtype)
+    turns = (fastest ** (1 - torch.arange(pairs, device=positions.device) / pairs)).round().long()
+    angle = (positions[:, None] * turns % ROTARY_PERIOD) * (2 * math.pi / ROTARY_PERIOD)
+    return torch.stack([angle.cos(), angle.sin()])[:, :, None, None].to(dtype)
 
 
 def rotate(x, cos, sin):
@@ -365,7 +359,6 @@ class Attention(nn.Module):
         self.qkv = MPConv(3 * channels, channels, 1, 1)
         self.out = MPConv(channels, channels, 1, 1)
         self.sharpness = nn.Parameter(torch.ones(channels // head_dim))
-        self.register_buffer("rotary", rotary_table(head_dim // 2), persistent=False)
 
     def forward(self, x, seq):
         qkv = rearrange(self.qkv(x), "(b s t) (n m d) h w -> n b s t m (h w) d",
@@ -379,7 +372,7 @@ class Attention(nn.Module):
         if self.window == 1:
             return F.scaled_dot_product_attention(*qkv.flatten(1, 3)).view_as(qkv[0])
         q_and_k, (v,) = qkv.split([2, 1])
-        q, k = rotate(q_and_k, *seq.of_positions(rotation, v.device, self.rotary, v.dtype))
+        q, k = rotate(q_and_k, *seq.of_positions(rotation, v.device, self.head_dim // 2, v.dtype))
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
             ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)

@@ -113,7 +113,7 @@ def visible(s, t, reach):
 
 def rotated(x, start):
     positions = start + torch.arange(x.shape[-4])
-    return m.rotate(x, *m.rotation(positions, m.rotary_table(x.shape[-1] // 2), x.dtype))
+    return m.rotate(x, *m.rotation(positions, x.shape[-1] // 2, x.dtype))
 
 
 def attention_inputs(s, t, p, heads=2, d=16, b=2, device="cpu", dtype=torch.float32):
