@@ -423,31 +423,17 @@ class ModelConfig:
         return list(zip(widths, windows))
 
 
-class Residual(nn.Module):
-    """The branch of a block: two convolutions, the first one over `kernel` frames, modulated by the noise embedding."""
-
-    def __init__(self, c_in, c_out, c_emb, kernel, dropout):
-        super().__init__()
-        self.conv0 = CausalConv(c_in, c_out, kernel)
-        self.emb = MPLinear(c_out, c_emb)
-        self.emb_gain = nn.Parameter(torch.zeros(1))
-        self.conv1 = MPConv(c_out, c_out, 3, 3)
-        self.dropout = dropout
-
-    def forward(self, x, emb, seq):
-        scale = (1 + self.emb(emb) * self.emb_gain).to(x.dtype)
-        y = F.silu(self.conv0(F.silu(x), scale, seq, SILU_GAIN))
-        return self.conv1(F.dropout(y, self.dropout, self.training), SILU_GAIN * BRANCH)
-
-
 class Block(nn.Module):
-    """Resampling, residual branch, attention. An encoder block normalises its trunk, before the branch reads it."""
+    """Resampling, two convolutions beside the trunk, the first one over `kernel` frames and modulated by the noise
+    embedding, attention. An encoder block normalises its trunk, before the convolutions read it."""
 
     def __init__(self, c_in, c_out, c_emb, cfg, kernel, window=0, encoder=False, resample=None):
         super().__init__()
-        self.encoder, self.resample = encoder, resample
+        self.encoder, self.resample, self.dropout = encoder, resample, cfg.dropout
         self.skip = MPConv(c_out, c_in, 1, 1) if c_in != c_out else nn.Identity()
-        self.residual = Residual(c_out if encoder else c_in, c_out, c_emb, kernel, cfg.dropout)
+        self.conv0 = CausalConv(c_out if encoder else c_in, c_out, kernel)
+        self.emb, self.emb_gain = MPLinear(c_out, c_emb), nn.Parameter(torch.zeros(1))
+        self.conv1 = MPConv(c_out, c_out, 3, 3)
         self.attention = Attention(c_out, cfg.head_dim, window) if window else None
 
     def forward(self, x, emb, seq):
@@ -455,7 +441,10 @@ class Block(nn.Module):
         trunk = self.skip(x)
         if self.encoder:
             x = trunk = unit_rms(trunk, 1)                  # pixel norm
-        x = torch.add(self.residual(x, emb, seq), seq.going_on(seq.unfold(trunk)).flatten(0, 2), alpha=TRUNK)
+        scale = (1 + self.emb(emb) * self.emb_gain).to(x.dtype)
+        y = F.dropout(F.silu(self.conv0(F.silu(x), scale, seq, SILU_GAIN)), self.dropout, self.training)
+        y = self.conv1(y, SILU_GAIN * BRANCH)
+        x = torch.add(y, seq.going_on(seq.unfold(trunk)).flatten(0, 2), alpha=TRUNK)
         return self.attention(x, seq) if self.attention else x
 
 

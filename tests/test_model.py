@@ -249,7 +249,7 @@ def test_clean_frames_go_no_further_than_the_last_layer_that_mixes_time():
     assert dropped == [False] * (len(denoiser.unet.encoder) + 1) + [True] * (1 + len(after))
     frames = []
     for block in (first, last, *after):
-        block.residual.conv1.register_forward_hook(lambda _, inputs, __: frames.append(len(inputs[0])))
+        block.conv1.register_forward_hook(lambda _, inputs, __: frames.append(len(inputs[0])))
     denoiser.read(x[:, 0], sigma[:, 0], Cache())
     assert frames == [x[:, 0].shape[:2].numel(), 0]
 
