@@ -741,10 +741,10 @@ def to_pixels(x, stats, sigma_data):
 
 # ---- Batches: the clips a process sees depend only on the step and its rank, so a run can stop and go on.
 
-def load_batch(source, indices):
+def load_batch(source, indices, device="cpu"):
     """Clips `indices` as (uint8 (b, t, c, h, w), actions (b, t, ...) or None)."""
     frames, actions = zip(*map(source.clip, indices))
-    return torch.from_numpy(np.stack(frames)), None if actions[0] is None else torch.from_numpy(np.stack(actions))
+    return [None if part[0] is None else torch.from_numpy(np.stack(part)).to(device) for part in (frames, actions)]
 
 
 class Batches(Iterator, contextlib.AbstractContextManager):

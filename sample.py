@@ -4,7 +4,7 @@
     python sample.py --checkpoint=out/mnist/checkpoint.pt --frames=200 --samples=8 --out=long.gif
     python sample.py --play                                  # steer it from a web page
 """
-import collections
+import collections.abc
 import contextlib
 import functools
 import http.server
@@ -87,8 +87,7 @@ def noise_levels(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho):
     return [*ramp.tolist(), 0.0]
 
 
-def reverse_diffusion(denoise, x, levels, solver="euler", generator=None,
-                      churn=0.0, churn_min=0.0, churn_max=math.inf):
+def reverse_diffusion(denoise, x, levels, solver="euler", generator=None, churn=0.0, churn_min=0.0, churn_max=math.inf):
     """From noise x at levels[0] down to levels[-1]; the last step, to 0, is an Euler step with either solver.
 
     Heun solves the equation more accurately, but divides the denoiser's error by the next noise level: with few
@@ -108,7 +107,7 @@ def reverse_diffusion(denoise, x, levels, solver="euler", generator=None,
 
 # ---- The rollout: denoise a frame, read it in as the newest of the past, and so on.
 
-class Rollout:
+class Rollout(collections.abc.Iterator):
     """An endless iterator of frames b c h w in network units, after the given `clip` b t c h w (t may be 0).
 
     actions: None, or b n (..) with one entry per frame, the given ones included; the iterator ends with them.
@@ -125,9 +124,6 @@ class Rollout:
         self.cache, self.no_past = Cache(clip.device), Cache(clip.device)
         if clip.shape[1]:
             self.read(clip, None if actions is None else actions[:, :clip.shape[1]])
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         t = self.cache.position
@@ -386,7 +382,7 @@ def roll_out(model, clips, given, frames, stats, settings, actions=None, progres
 
 def beside(clips, frames):
     """Each clip's own frame, then what was made of it: yields uint8 (b two) c h w."""
-    for true, made in zip(clips.numpy().swapaxes(0, 1), frames):
+    for true, made in zip(clips.cpu().numpy().swapaxes(0, 1), frames):
         yield rearrange([true, made], "two b c h w -> (b two) c h w")
 
 
@@ -462,19 +458,17 @@ class Game:
         require(not stats.get("latent"), "--play shows pictures, and this model makes latents")
         self.device, self.lock = device, threading.Lock()
         self.player, self.seen, self.number = None, -math.inf, cfg.first_clip
-        self.last = collections.deque(maxlen=300)           # frames that a GIF shows
         self.restart()
 
     def restart(self):
         """Begins anew from the next clip's first frames."""
-        clips, actions = load_batch(self.source, [self.number])
-        self.number, clips = self.number + 1, clips[:, :self.cfg.context].to(self.device)
+        clips, actions = load_batch(self.source, [self.number], self.device)
+        self.number, clips = self.number + 1, clips[:, :self.cfg.context]
         self.continuous = actions is not None and actions.is_floating_point()
-        given = None if actions is None else actions[:, :self.cfg.context].to(self.device)
+        given = None if actions is None else actions[:, :self.cfg.context]
         self.rollout = start_rollout(self.model, clips, self.stats, self.settings, given)
-        self.last.clear()
-        self.last.extend(clips.cpu().numpy().swapaxes(0, 1) if self.cfg.context else
-                         [np.zeros((1, *self.source.shape), np.uint8)])
+        shown = clips.cpu().numpy().swapaxes(0, 1) if len(clips[0]) else [np.zeros((1, *self.source.shape), np.uint8)]
+        self.last = collections.deque(shown, maxlen=300)    # frames that a GIF shows
 
     def page(self):
         """The page, for a new player."""
@@ -531,8 +525,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         game, frame, status = self.server.game, "", 200
         try:
-            self.check_origin()
-            request = self.read_request() if self.command == "POST" else None
+            request = self.read_request()
             with game.lock:
                 if request is not None:
                     kind, (body, frame) = "image/png", game.play(request)
@@ -553,15 +546,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_POST = do_GET
 
-    def check_origin(self):
+    def read_request(self):
+        """What a page has posted, a dict; of GET None."""
         hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
         if host not in hosts or origin not in (None, f"http://{host}"):
             raise Refused(403, f"only pages of http://{hosts[0]} are answered", "text/plain")
         if self.path not in ("/", "/gif"):
             raise Refused(404, "there is / and /gif", "text/plain")
-
-    def read_request(self):
+        if self.command == "GET":
+            return None
         size = self.headers.get("Content-Length", "")
         if not (size.isascii() and size.isdecimal() and int(size) <= 4096):
             raise Refused(413, "expected up to 4096 bytes of JSON", "text/plain")
@@ -621,9 +615,9 @@ def read_actions(text, frames, samples, action_dim):
 
 def rollout_settings(cfg):
     """What `Rollout` takes beyond the model and the clip."""
-    levels = noise_levels(cfg.steps, cfg.sigma_min, cfg.sigma_max, cfg.rho)
     names = ("seed", "context_noise", "temperature", "guidance", "solver", "churn", "churn_min", "churn_max")
-    return {"levels": levels, **{name: getattr(cfg, name) for name in names}}
+    settings = {name: getattr(cfg, name) for name in names}
+    return settings | {"levels": noise_levels(cfg.steps, cfg.sigma_min, cfg.sigma_max, cfg.rho)}
 
 
 def check_settings(cfg):
@@ -692,9 +686,9 @@ def main(cfg):
         print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")
     if cfg.play:
         return serve(Game(model, open_data(cfg, state), state["stats"], cfg, rollout_settings(cfg), device), cfg.port)
-    clips, actions = inputs(cfg, model, state)
-    frames = roll_out(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),
-                      None if actions is None else actions.to(device), progress=True, stop=(stop := []))
+    clips, actions = (None if part is None else part.to(device) for part in inputs(cfg, model, state))
+    frames = roll_out(model, clips, cfg.context, cfg.frames, state["stats"], rollout_settings(cfg), actions,
+                      progress=True, stop=(stop := []))
     for number in (signal.SIGINT, signal.SIGTERM):          # what has been made is written; a second one ends at once
         signal.signal(number, lambda number, _: sys.exit(128 + number) if stop else stop.append(number))
     count = itertools.count()

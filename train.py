@@ -236,12 +236,12 @@ def error_table(model, source, stats, cfg, device, rank=0, world_size=1):
     total, count = torch.zeros(len(sigmas), source.frames, device=device), torch.zeros([], device=device)
     for first in range(rank * 8, cfg.eval_clips, world_size * 8):                        # 8 clips at a time
         numbers = range(first, min(first + 8, cfg.eval_clips))
-        clips, actions = load_batch(source, numbers)
-        clips = to_network(clips.to(device), stats, cfg.sigma_data)
+        clips, actions = load_batch(source, numbers, device)
+        clips = to_network(clips, stats, cfg.sigma_data)
         generators = [sample.seeded(device, cfg.seed, number, 1) for number in numbers]
         eps = torch.stack([torch.randn(len(sigmas), *clips.shape[1:], generator=g, device=device) for g in generators])
         sigma = sigmas[None, :, None].expand(eps.shape[:3])
-        denoised, _ = model(*clean_and_noised(clips, sigma, eps), None if actions is None else actions.to(device))
+        denoised, _ = model(*clean_and_noised(clips, sigma, eps), actions)
         total += (denoised - clips[:, None]).square().mean(dim=(-3, -2, -1)).sum(0)
         count += len(numbers)
     error = sum_over_ranks(total) / sum_over_ranks(count) / cfg.sigma_data ** 2
@@ -258,12 +258,10 @@ def format_table(step, errors, cfg):
 
 def draw_picture(path, model, source, stats, cfg, device):
     """Held-out clips, each above a rollout from its first frames."""
-    clips, actions = load_batch(source, range(4))
-    length = min(cfg.picture_frames, source.frames)
-    settings = {"levels": sample.noise_levels(cfg.picture_steps), "seed": cfg.seed,
-                "context_noise": cfg.context_noise / 2}
-    made = sample.roll_out(model, clips.to(device), cfg.eval_context, length, stats, settings,
-                           None if actions is None else actions.to(device))
+    clips, actions = load_batch(source, range(4), device)
+    length, levels = min(cfg.picture_frames, source.frames), sample.noise_levels(cfg.picture_steps)
+    settings = {"levels": levels, "seed": cfg.seed, "context_noise": cfg.context_noise / 2}
+    made = sample.roll_out(model, clips, cfg.eval_context, length, stats, settings, actions)
     sample.write(path, sample.beside(clips, made), cfg.eval_context, scale=2)
 
 
@@ -311,12 +309,8 @@ def dispensable(what):
 
 
 def finite(value):
-    """`value` with null for numbers that are not finite, at any depth: NaN is no JSON."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """`value` as JSON has it, with null for numbers that are not finite: NaN is no JSON."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def lines_until(path, step):
