@@ -77,10 +77,9 @@ class MPWeight(nn.Module):
 
     def __init__(self, *shape):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(shape))
+        self.weight = nn.Parameter(unit_rms(torch.randn(shape), tuple(range(1, len(shape)))))
         self.fan_in = math.prod(shape[1:])
         self.frozen = None, None, None                      # what `scaled` last returned for what, if not training
-        self.normalize_weight()
 
     def scaled(self, dtype, gain=1.0):
         """The weight as it acts; when no gradient is wanted, computed once, until the weight is written to. A compiled
@@ -94,16 +93,6 @@ class MPWeight(nn.Module):
 
     def scale(self, dtype, gain):
         return (self.weight * (gain / math.sqrt(self.fan_in))).to(dtype)
-
-    @torch.no_grad()
-    def normalize_weight(self):
-        self.weight.copy_(unit_rms(self.weight, tuple(range(1, self.weight.ndim))))
-
-    @torch.no_grad()
-    def project_gradient(self):
-        dims = tuple(range(1, self.weight.ndim))
-        along = (self.weight * self.weight.grad).mean(dims, keepdim=True)                # |w|^2 = fan in
-        self.weight.grad.sub_(self.weight * along)
 
 
 class MPLinear(MPWeight):
@@ -602,17 +591,18 @@ class Denoiser(nn.Module):
         expected = "none" if actions is None else (b, t, action_dim) if actions.is_floating_point() else (b, t)
         require(given == expected, f"actions: expected {expected}, given {given}", ValueError)
 
+    @torch.no_grad()
     def normalize_weights(self):
         """Back to the sphere, after every optimizer step and after loading averaged weights (EDM2 Eq. 66)."""
-        for module in self.modules():
-            if isinstance(module, MPWeight):
-                module.normalize_weight()
+        for weight in (p for p in self.parameters() if p.ndim > 1):                     # without gains
+            weight.copy_(unit_rms(weight, tuple(range(1, weight.ndim))))
 
+    @torch.no_grad()
     def project_gradients(self):
         """Remove from every gradient what only changes a weight's length, before the optimizer step (EDM2 Eq. 47)."""
-        for module in self.modules():
-            if isinstance(module, MPWeight):
-                module.project_gradient()
+        for weight in (p for p in self.parameters() if p.ndim > 1):
+            along = (weight * weight.grad).mean(tuple(range(1, weight.ndim)), keepdim=True)       # |w|^2 = fan in
+            weight.grad.sub_(weight * along)
 
 
 def noise_label(sigma):
