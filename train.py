@@ -248,14 +248,6 @@ def error_table(model, source, stats, cfg, device, rank=0, world_size=1):
     return torch.stack([error[:, 0], error[:, cfg.eval_context:].mean(1)], dim=1).tolist()
 
 
-def format_table(step, errors, cfg):
-    """The error table in words."""
-    return "\n".join([f"step {step}: denoising error on held-out clips, as a fraction of the data variance",
-                      "  sigma             " + "".join(f"{sigma:>8g}" for sigma in cfg.eval_sigmas),
-                      "  first frame       " + "".join(f"{first:8.3f}" for first, _ in errors),
-                      f"  {cfg.eval_context}+ given frames   " + "".join(f"{later:8.3f}" for _, later in errors)])
-
-
 def draw_picture(path, model, source, stats, cfg, device):
     """Held-out clips, each above a rollout from its first frames."""
     clips, actions = load_batch(source, range(4), device)
@@ -321,13 +313,6 @@ def lines_until(path, step):
                 yield line + "\n"
 
 
-def open_tensorboard(folder):
-    require(importlib.util.find_spec("tensorboard"),
-            "tensorboard=True: TensorBoard is not installed: pip install tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(folder)
-
-
 def draw_log(folder):
     """log.png: what log.jsonl says, over the steps. Nothing without matplotlib."""
     if not importlib.util.find_spec("matplotlib"):
@@ -362,31 +347,16 @@ def check_settings(cfg):
         require(getattr(cfg, name) > cfg.eval_context,
                 f"{name}={getattr(cfg, name)}: must be more than eval_context={cfg.eval_context}")
     require(not (cfg.shard and cfg.compile), "shard=True and compile=True have not been made to work together: set one")
+    require(not cfg.shard or "RANK" in os.environ, "shard=True shards over the processes that torchrun starts, and "
+                                                   "there is only this one: use torchrun, or leave it out")
+    require(not cfg.tensorboard or importlib.util.find_spec("tensorboard"),
+            "tensorboard=True: TensorBoard is not installed: pip install tensorboard")
     require(cfg.ema_widths, "ema_widths is empty: give at least one width, for example --ema_widths=0.05")
-
-
-def open_sources(cfg, rank):
-    """(training source, held-out source); rank 0 comes first, alone, as it may download."""
-    if rank > 0:
-        dist.barrier()
-    sources = open_source(cfg, "train"), open_source(cfg, "val")
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-    return sources
 
 
 def build_model(cfg, source, device):
     fields = {name: getattr(cfg, name) for name in ModelConfig.__dataclass_fields__ if hasattr(cfg, name)}
     return Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim, **fields)).to(device)
-
-
-def shard_model(model):
-    """Every process keeps its part of each block's weights, and gathers the rest while the block runs (FSDP)."""
-    require(dist.is_initialized(), "shard=True shards over the processes that torchrun starts, and there is only this "
-                                   "one: use torchrun, or leave it out")
-    for block in (*model.unet.encoder, *model.unet.middle, *model.unet.decoder):
-        fully_shard(block)
-    fully_shard(model)
 
 
 def compiled(model):
@@ -402,13 +372,18 @@ class Run:
         check_settings(cfg)
         self.cfg, self.folder, self.path = cfg, Path(cfg.out_dir), Path(cfg.out_dir, "checkpoint.pt")
         self.device, self.rank, self.world_size = start_processes(cfg)
-        self.source, self.held_out = open_sources(cfg, self.rank)
+        if self.rank > 0:                                   # the first process comes first, alone: it may download
+            dist.barrier()
+        self.source, self.held_out = open_source(cfg, "train"), open_source(cfg, "val")
+        if self.rank == 0 and dist.is_initialized():
+            dist.barrier()
         self.stats = measure(self.source)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg, self.source, self.device)
         self.model.dtype = sample.compute_dtype(self.device)
-        if cfg.shard:
-            shard_model(self.model)
+        if cfg.shard:                                       # a block's weights are gathered while it runs (FSDP)
+            for block in (*self.model.unet.encoder, *self.model.unet.middle, *self.model.unet.decoder, self.model):
+                fully_shard(block)
         self.optimizer = torch.optim.Adam(self.model.parameters(), betas=(0.9, 0.99), fused=True)
         self.ema = PowerEMA(self.model, cfg.ema_widths)
         self.step, self.recent = 0, []                      # steps done; losses since the last line of the log
@@ -417,7 +392,10 @@ class Run:
         self.network = compiled(self.model) if cfg.compile else self.model
         if self.world_size > 1 and not cfg.shard:
             self.network = DistributedDataParallel(self.network, broadcast_buffers=False)    # they never change
-        self.board = open_tensorboard(self.folder) if cfg.tensorboard and self.rank == 0 else None
+        self.board = None
+        if cfg.tensorboard and self.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.folder)
         self.start_log()
 
     def resume(self, path):
@@ -481,11 +459,10 @@ class Run:
     def save(self):
         """Everything that resuming and sampling need, in checkpoint.pt; every `checkpoint_interval` steps the
         averages too, in a file of their own, for reconstructing other widths."""
-        state = {"version": sample.VERSION, "step": self.step, "settings": vars(self.cfg),
-                 "model_config": asdict(self.model.cfg), "stats": self.stats,
-                 "origin": self.source.origin, "recent": self.recent,
-                 **whole({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                          "ema": self.ema.averages})}
+        state = {"version": sample.VERSION, "step": self.step, "settings": vars(self.cfg), "stats": self.stats,
+                 "model_config": asdict(self.model.cfg), "origin": self.source.origin, "recent": self.recent,
+                 "model": whole(self.model.state_dict()), "optimizer": whole(self.optimizer.state_dict()),
+                 "ema": whole(self.ema.averages)}
         if self.rank > 0:
             return
         self.writer.wait()
@@ -506,7 +483,10 @@ class Run:
         model = averaged_model(Denoiser(self.model.cfg), self.model, average, self.device)
         errors = error_table(model, self.held_out, self.stats, cfg, self.device, self.rank, self.world_size)
         if self.rank == 0:
-            tqdm.write(format_table(self.step, errors, cfg))
+            tqdm.write(f"step {self.step}: denoising error on held-out clips, as a fraction of the data variance\n"
+                       f"  sigma             {''.join(f'{sigma:>8g}' for sigma in cfg.eval_sigmas)}\n"
+                       f"  first frame       {''.join(f'{first:8.3f}' for first, _ in errors)}\n"
+                       f"  {cfg.eval_context}+ given frames   {''.join(f'{later:8.3f}' for _, later in errors)}")
             self.log(step=self.step, sigmas=list(cfg.eval_sigmas), first_and_later_error=errors)
             with dispensable("the log's picture"):
                 draw_log(self.folder)
@@ -528,13 +508,6 @@ def ask_to_stop(stop):
         signal.signal(number, handler)
 
 
-def exchange_of_gradients(network, wanted):
-    """A block within which a backward pass averages the gradients over all processes, or leaves that for later."""
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(wanted)
-    return contextlib.nullcontext() if wanted or not hasattr(network, "no_sync") else network.no_sync()
-
-
 def gradients(network, batches, cfg, stats, device):
     """One optimizer step's gradients, over its micro-batches; returns its mean loss."""
     total = 0.0
@@ -543,7 +516,10 @@ def gradients(network, batches, cfg, stats, device):
         clips = to_network(clips, stats, cfg.sigma_data)
         actions = hide_actions(actions, samples, cfg) if cfg.action_dropout and actions is not None else actions
         noise = draw_noise(samples, cfg.noised_copies, clips.shape[1:], cfg, device)
-        with exchange_of_gradients(network, micro == cfg.accumulate - 1):                # once per optimizer step
+        last = micro == cfg.accumulate - 1                  # then processes exchange gradients: once per optimizer step
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(last)
+        with network.no_sync() if not last and hasattr(network, "no_sync") else contextlib.nullcontext():
             loss = loss_of(network, clips, actions, noise, cfg) / cfg.accumulate
             loss.backward()
         total += loss.detach()
