@@ -242,11 +242,10 @@ def paint(picture, digit, y, x):
 
 
 class MovingDigits:
-    """Digits that move over a black square and bounce off its walls.
-
-    With cfg.whole_pixels, places and velocities are whole pixels, so that away from walls a frame is an exact shift
-    of the last one; else real numbers, rounded to draw, as in Moving MNIST. At a wall cfg.bounce 'reflect' mirrors
-    the velocity, and 'random' draws a new direction, with whole pixels also a new speed: too few are equally fast."""
+    """Digits that move over a black square and bounce off its walls. With cfg.whole_pixels, places and velocities are
+    whole pixels, so that away from walls a frame is an exact shift of the last one; else real numbers, rounded to draw,
+    as in Moving MNIST. At a wall cfg.bounce 'reflect' mirrors the velocity, and 'random' draws a new direction, with
+    whole pixels also a new speed: too few are equally fast."""
 
     def __init__(self, cfg, split):
         check_digits(cfg, split)
@@ -492,26 +491,20 @@ def play_episode(cfg, number):
         raise UserError(f"--env={cfg.env}: {error}") from error
 
 
-def frames_of(cfg, name):
-    """(frame c h w, action or None) of a source, as they will be stored."""
-    path, shape = Path(cfg.src, name), (cfg.channels, cfg.size, cfg.size)
-    pairs = play_episode(cfg, int(name)) if cfg.env else at_rate(with_actions(decode(path), path), cfg.fps)
-    for frame, action in pairs:
-        yield fit(frame, shape if frame.dtype == np.uint8 else frame.shape, cfg.letterbox), action
-
-
-def write_frames(path, pairs, least):
-    """Writes frames one by one, if there are `least` or more. Returns their actions, and a record of what they are."""
+def write_frames(path, pairs, cfg):
+    """Writes frames one by one, as they will be trained on. Returns their actions, and a record of what they are."""
     actions, shape, total = [], None, 0
     with replacing(path) as temporary, open(temporary, "wb") as file:
         for frame, action in pairs:
+            size = (cfg.channels, cfg.size, cfg.size) if frame.dtype == np.uint8 else frame.shape
+            frame = fit(frame, size, cfg.letterbox)
             shape = shape or frame.shape
             require(frame.shape == shape and np.isfinite(frame).all(), f"{path.stem}: frame {len(actions) + 1} is "
                     f"{frame.shape} after {shape}, or not finite", Unusable)
             file.write(frame.tobytes())
             actions.append(action)
             total = total + np.array(moments(frame[None]))
-        count = len(actions)
+        count, least = len(actions), cfg.min_frames
         require(count >= least, f"{path.stem}: {count} frames, fewer than min_frames={least}", Unusable)
     mean, square = (total / count).tolist()
     return actions, dict(frames=count, shape=shape, dtype=frame.dtype.name, mean=mean, square=square)
@@ -530,14 +523,15 @@ def write_actions(path, actions):
 
 def prepare_source(cfg, name):
     """Stores the frames of one source, unless this was done. Returns why it is unusable, or None."""
-    target = Path(cfg.out, "clips", f"{name}.raw")
+    target, path = Path(cfg.out, "clips", f"{name}.raw"), Path(cfg.src, name)
     beside = {suffix: target.with_suffix(suffix) for suffix in (".json", ".actions.npy")}
-    sources = [Path(cfg.src, name), Path(cfg.src, name).with_suffix(".actions.npy")] if cfg.src else []
+    sources = [path, path.with_suffix(".actions.npy")] if cfg.src else []
     made_of = [[file.stat().st_size, file.stat().st_mtime_ns] for file in sources if file.exists()]
     if beside[".json"].exists() and read_json(beside[".json"])["made_of"] == made_of and target.exists():
         return None
     try:
-        actions, record = write_frames(target, frames_of(cfg, name), cfg.min_frames)
+        pairs = play_episode(cfg, int(name)) if cfg.env else at_rate(with_actions(decode(path), path), cfg.fps)
+        actions, record = write_frames(target, pairs, cfg)
     except Unusable as error:
         return str(error)
     record |= write_actions(beside[".actions.npy"], actions) | dict(name=name, made_of=made_of)
@@ -563,10 +557,8 @@ def held_out(names, share):
 def combine(records, share, left_out):
     """What training looks up, out of the records of all clips that are like the first."""
     kinds = {record["name"]: (record["dtype"], *record["shape"]) for record in records}
-    kind = kinds[records[0]["name"]]
-    for record in records:
-        if kinds[record["name"]] != kind:
-            left_out[record["name"]] = f"{kinds[record['name']]} unlike {kind} of {records[0]['name']}"
+    kind = kinds[first := records[0]["name"]]
+    left_out |= {name: f"{other} unlike {kind} of {first}" for name, other in kinds.items() if other != kind}
     records = [record for record in records if record["name"] not in left_out]
     acted = [record for record in records if record["action_dim"]]
     require(len({"discrete" if record["discrete"] else record["action_dim"] for record in acted}) < 2,
@@ -575,24 +567,23 @@ def combine(records, share, left_out):
     mean, square = (frames @ np.array([record[key] for record in records]) / frames.sum() for key in ("mean", "square"))
     val = set(held_out([record["name"] for record in records], share))
     clips = [(record["name"], record["frames"], bool(record["action_dim"])) for record in records]
-    return dict(statistics(mean, square), dtype=kind[0], shape=kind[1:],
+    return dict(statistics(mean, square), dtype=kind[0], shape=kind[1:], left_out=left_out,
                 action_dim=max((record["action_dim"] for record in acted), default=0),
-                discrete=any(record["discrete"] for record in acted), left_out=left_out,
+                discrete=any(record["discrete"] for record in acted),
                 train=[clip for clip in clips if clip[0] not in val], val=[clip for clip in clips if clip[0] in val])
 
 
 def check_prepare(cfg):
     """UserError for settings that cannot work, and for a folder prepared with others."""
     require(not (cfg.src and cfg.env), "give --src (files) or --env (a gymnasium environment), not both")
-    for name, least in (("size", 1), ("fps", 0), ("episodes", 1), ("max_frames", 2), ("min_frames", 2), ("workers", 0),
-                        ("seed", 0)):
-        require(getattr(cfg, name) >= least, f"--{name}={getattr(cfg, name)}: set {least} or more")
+    least = dict(size=1, fps=0, episodes=1, max_frames=2, min_frames=2, workers=0, seed=0)
+    for name, value in least.items():
+        require(getattr(cfg, name) >= value, f"--{name}={getattr(cfg, name)}: set {value} or more")
     require(cfg.channels in (1, 3), f"--channels={cfg.channels}: 1 (grey) or 3 (RGB)")
     require(0 < cfg.val_share < 1, f"--val_share={cfg.val_share}: between 0 and 1")
     require(not cfg.src or os.path.isdir(cfg.src), f"--src={cfg.src}: there is no such folder")
     require(not cfg.env or importlib.util.find_spec("gymnasium"),
-            f"--env={cfg.env}: environments are recorded through gymnasium, which is not installed: "
-            "pip install gymnasium")
+            f"--env={cfg.env}: gymnasium, which runs environments, is not installed: pip install gymnasium")
     meta, made_with = Path(cfg.out, "meta.json"), {name: getattr(cfg, name) for name in MADE_WITH}
     if not meta.exists():
         with replacing(meta) as temporary:
@@ -749,16 +740,14 @@ def load_batch(source, indices, device="cpu"):
 
 class Batches(Iterator, contextlib.AbstractContextManager):
     """An endless iterator over micro-batches (sample numbers, frames, actions), loaded ahead by threads, whose
-    errors `next` raises. The numbers are b ints; frames (uint8 (b, t, c, h, w)) and actions are on `device`.
-
-    Step k trains on samples k * batch_size to (k + 1) * batch_size - 1; sample number i is clip i. They go in
-    order to the step's `accumulate` micro-batches, and those of each in order to the `world_size` processes."""
+    errors `next` raises. The numbers are b ints; frames (uint8 (b, t, c, h, w)) and actions are on `device`. Step k
+    trains on samples k * batch_size to (k + 1) * batch_size - 1; sample number i is clip i. They go in order to the
+    step's `accumulate` micro-batches, and those of each in order to the `world_size` processes."""
 
     def __init__(self, source, batch_size, device, start=0, rank=0, world_size=1, accumulate=1, prefetch=4):
         parts = accumulate * world_size
-        require(batch_size > 0 and batch_size % parts == 0,
-                f"batch_size={batch_size} cannot be split evenly over accumulate={accumulate} x {world_size} "
-                f"processes; set a multiple of {parts}")
+        require(batch_size > 0 and batch_size % parts == 0, f"batch_size={batch_size} cannot be split evenly over "
+                f"accumulate={accumulate} x {world_size} processes; set a multiple of {parts}")
         self.source, self.device, self.size = source, torch.device(device), batch_size // parts
         self.firsts = itertools.count(start * batch_size + rank * self.size, batch_size // accumulate)
         self.threads = ThreadPoolExecutor(prefetch)
