@@ -53,9 +53,7 @@ steps = 6                   # steps per frame
 sigma_min = 0.2             # last noise level before 0; with few steps, a small one leaves a haze that grows
 sigma_max = 40.0            # first noise level
 rho = 7.0                   # spacing of the noise levels: larger puts more of them near sigma_min
-churn = 0.0                 # fresh noise per frame (S_churn); 0 is the deterministic sampler
-churn_min = 0.05            # noise levels below which no fresh noise is added (S_tmin)
-churn_max = 50.0            # ... and above which (S_tmax)
+churn = 0.0                 # fresh noise per frame (S_churn), at levels .05 to 50; 0 is the deterministic sampler
 context_noise = -1.0        # noise level at which the past is read; -1: half the largest of the training
 temperature = 1.0           # factor of each frame's first noise; below 1, shapes hold longer
 guidance = 1.0              # above 1: away from what a frame without a past would be; twice the evaluations
@@ -87,7 +85,7 @@ def noise_levels(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho):
     return [*ramp.tolist(), 0.0]
 
 
-def reverse_diffusion(denoise, x, levels, solver="euler", generator=None, churn=0.0, churn_min=0.0, churn_max=math.inf):
+def reverse_diffusion(denoise, x, levels, solver="euler", generator=None, churn=0.0, churn_min=0.05, churn_max=50.0):
     """From noise x at levels[0] down to levels[-1]; the last step, to 0, is an Euler step with either solver.
 
     Heun solves the equation more accurately, but divides the denoiser's error by the next noise level: with few
@@ -186,10 +184,8 @@ def ema_exponent(width):
 def profile_overlap(t_a, gamma_a, t_b, gamma_b):
     """Integral of p_a p_b, p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on 0..T the weight that a snapshot taken
     at T gave to the weights of time t. In logarithms: t^gamma overflows."""
-    logs = np.log((gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)) \
-        + (gamma_a + gamma_b + 1) * np.log(np.minimum(t_a, t_b)) \
-        - (gamma_a + 1) * np.log(t_a) - (gamma_b + 1) * np.log(t_b)
-    return np.exp(logs)
+    n_a, n_b, n = gamma_a + 1, gamma_b + 1, gamma_a + gamma_b + 1
+    return np.exp(np.log(n_a * n_b / n) + n * np.log(np.minimum(t_a, t_b)) - n_a * np.log(t_a) - n_b * np.log(t_b))
 
 
 def reconstruction(steps, widths, step, width):
@@ -292,8 +288,8 @@ def bordered(frames, given, scale):
         n, channels, h, w = frame.shape
         require(channels in (1, 3) and frame.dtype == np.uint8,
                 f"{frame.dtype} frames of {channels} channels are no pictures: use --out=NAME.npy")
-        pictures = np.empty((n, h * scale + 2 * edge, w * scale + 2 * edge, 3), np.uint8)
-        pictures[:] = GIVEN_COLOUR if t < given else MADE_COLOUR
+        size, colour = (n, h * scale + 2 * edge, w * scale + 2 * edge, 3), GIVEN_COLOUR if t < given else MADE_COLOUR
+        pictures = np.full(size, colour, np.uint8)
         pixels = rearrange(frame, "n c h w -> n h w c").repeat(scale, axis=1).repeat(scale, axis=2)
         pictures[:, edge:-edge, edge:-edge] = pixels        # one channel fills all three
         yield pictures
@@ -396,9 +392,8 @@ img { image-rendering: pixelated; height: 65vh } a { color: #fa0 }</style>
 <a id="gif" href="/gif" download="play.gif">save the last frames as a GIF</a><p id="help">
 <script>
 const game = GAME, $ = id => document.getElementById(id), held = [], times = []
-const keys = {ArrowUp: 1, ArrowDown: 2, ArrowLeft: 3, ArrowRight: 4}
+const keys = Object.assign([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], {ArrowUp: 1, ArrowDown: 2, ArrowLeft: 3, ArrowRight: 4})
 let paused = false, tapped = null
-for (let i = 0; i < 10; i++) keys[i] = i
 $("help").textContent = game.sliders ? "the sliders are the actions" : game.actions
   ? `arrow keys and 0 to ${Math.min(9, game.actions - 1)} are the actions, space pauses`
   : "this model was trained without actions: it dreams on; space pauses"
@@ -615,7 +610,7 @@ def read_actions(text, frames, samples, action_dim):
 
 def rollout_settings(cfg):
     """What `Rollout` takes beyond the model and the clip."""
-    names = ("seed", "context_noise", "temperature", "guidance", "solver", "churn", "churn_min", "churn_max")
+    names = ("seed", "context_noise", "temperature", "guidance", "solver", "churn")
     settings = {name: getattr(cfg, name) for name in names}
     return settings | {"levels": noise_levels(cfg.steps, cfg.sigma_min, cfg.sigma_max, cfg.rho)}
 
@@ -627,9 +622,8 @@ def check_settings(cfg):
         require(getattr(cfg, name) >= least, f"--{name}={getattr(cfg, name)}: must be at least {least}")
     for name, choices in (("solver", ("euler", "heun")), ("precision", ("bfloat16", "float32"))):
         require(getattr(cfg, name) in choices, f"--{name}={getattr(cfg, name)}: choose {' or '.join(choices)}")
-    require(0 < cfg.sigma_min < cfg.sigma_max and cfg.rho > 0,
-            f"--sigma_min={cfg.sigma_min} --sigma_max={cfg.sigma_max} --rho={cfg.rho}: must be above 0, and sigma_min "
-            "below sigma_max")
+    require(0 < cfg.sigma_min < cfg.sigma_max and cfg.rho > 0, f"--sigma_min={cfg.sigma_min} "
+            f"--sigma_max={cfg.sigma_max} --rho={cfg.rho}: must be above 0, and sigma_min below sigma_max")
     require(0 <= cfg.ema <= 0.25, f"--ema={cfg.ema}: a width is above 0 and at most 0.25; 0 takes the raw weights")
     require(not (cfg.prompt and (cfg.truth or cfg.play)),
             f"--truth and --play need clips of the data: they cannot be used with --prompt={cfg.prompt}")
@@ -660,9 +654,8 @@ def inputs(cfg, model, state):
     if cfg.actions:
         return clips, read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim)
     if actions is None and model.cfg.action_dim:
-        require(state["settings"]["action_dropout"],
-                f"--prompt={cfg.prompt} has no actions, and this model needs them: give --actions, or train it with "
-                "action_dropout")
+        require(state["settings"]["action_dropout"], f"--prompt={cfg.prompt} has no actions, and this model needs "
+                                                     "them: give --actions, or train it with action_dropout")
         print("no --actions given: the model is told none")
         actions = torch.full((cfg.samples, cfg.frames), -1)
     return clips, actions
