@@ -69,11 +69,9 @@ class MPFourier(nn.Module):
 class MPWeight(nn.Module):
     """A weight whose rows (one per output) stay on the sphere of RMS 1, and act scaled by 1 / sqrt(fan in).
 
-    EDM2 normalises weights in every forward pass, so that the gradient has no part along the weight, and in
-    place before every step, so that the weight's growth does not slow learning down (Eq. 47 and 66). For a
-    weight that is already on the sphere the first only removes that part from the gradient. Both are done here
-    once per optimizer step: `Denoiser.project_gradients` before it, `Denoiser.normalize_weights` after it.
-    """
+    EDM2 normalises weights in every forward pass, so that the gradient has no part along the weight, and in place
+    before every step, so that the weight's growth does not slow learning down (Eq. 47 and 66). Both are done here once
+    per optimizer step: `Denoiser.project_gradients` before it, `Denoiser.normalize_weights` after it."""
 
     def __init__(self, *shape):
         super().__init__()
@@ -120,28 +118,24 @@ class MPConv(MPWeight):
 # ---- The time axis: how the frames of a pass are laid out, and what step-by-step inference remembers.
 
 def sees(s_q, t_q, s_k, t_k, window):
-    """Whether query frame (s_q, t_q) sees key frame (s_k, t_k): itself, and clean frames (s = 0) before it.
-
-    `window` counts frames, the present one included. Works on ints and, elementwise, on tensors.
-    """
+    """Whether query frame (s_q, t_q), ints or tensors, sees key frame (s_k, t_k): itself, and clean frames (s = 0)
+    before it; `window` counts frames, the present one included."""
     itself = (s_q == s_k) & (t_q == t_k)
     return itself | ((s_k == 0) & (t_k < t_q) & (t_q - t_k < window))
 
 
 class Cache:
     """The past of a rollout: each attention's keys and values of the last `window` frames, as a ring, and what
-    the past contributes to each causal convolution's next frames. Layers allocate their part at first use.
-
-    Everything in it is a tensor that keeps its shape and its place, the number of frames too: an evaluation runs the
-    same operations on the same memory at every frame, so it can be compiled, or captured as a CUDA graph, once."""
+    the past contributes to each causal convolution's next frames. Layers allocate their part at first use. Everything
+    in it is a tensor that keeps shape and place, the number of frames too: an evaluation runs the same operations on
+    the same memory at every frame, so it can be compiled, or captured as a CUDA graph, once."""
 
     def __init__(self, device="cpu"):
-        self.clock = torch.zeros((), dtype=torch.long, device=device)                    # frames read so far
+        self.clock = torch.zeros((), dtype=torch.long, device=device)    # frames read so far = present frame's index
         self.tensors = {}                                   # layer -> tensor, rewritten in place ever after
 
     @property
     def position(self):
-        """Frames read so far = index of the present frame."""
         return self.clock.item()
 
     def of(self, layer, shape, like):
@@ -197,10 +191,8 @@ class CausalConv(MPWeight):
 
         y[s,t] = g_t (W_0 * x[s,t] + sum_j W_j * x[0,t-j])        g_t = sqrt(k / taps that lie in the clip)
 
-    The sum is the same for every copy, so it is computed once, from the clean frames. A frame's contributions
-    to all later frames come out of one convolution, so the cache holds finished sums and no old inputs, and
-    denoising a frame costs as much as an image.
-    """
+    The sum is the same for every copy, so it is computed once, from the clean frames. A frame's contributions to all
+    later frames come out of one convolution, so the cache holds finished sums, and a frame costs what an image does."""
 
     def __init__(self, c_in, c_out, kernel):
         super().__init__(c_out, kernel, c_in, 3, 3)
@@ -244,7 +236,7 @@ class CausalConv(MPWeight):
 # ---- Video attention: one softmax over everything `sees` lets a query see. q, k, v: b s t m p d (m heads, p = h w
 # positions of a frame, d head dimension).
 
-ROTARY_PERIOD = 1024                                        # frames
+ROTARY_PERIOD, FRAMES_AT_ONCE = 1024, 16                    # after which positions repeat; attended to in one call
 
 
 def rotation(positions, pairs, dtype):
@@ -260,9 +252,6 @@ def rotate(x, cos, sin):
     """Rotary embedding over time: x: .. t m p d, by its frames' `rotation`."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
-FRAMES_AT_ONCE = 16
 
 
 def with_past(clean, own, past):
@@ -337,10 +326,9 @@ TRUNK, BRANCH = blend(0.3)                                  # a block's sums: wh
 
 
 class Attention(nn.Module):
-    """Cosine attention with residual sum: over a frame's own positions (window 1) or those of its past too.
-
-    The logits of unit vectors lie between -sqrt(d) and sqrt(d), too flat to pick one among hundreds of keys. A learnt
-    factor per head, `sharpness`, lets it find a place again that left the picture some frames ago."""
+    """Cosine attention with residual sum: over a frame's own positions (window 1) or those of its past too. The logits
+    of unit vectors lie between -sqrt(d) and sqrt(d), too flat to pick one among hundreds of keys. A learnt factor per
+    head, `sharpness`, lets it find a place again that left the picture some frames ago."""
 
     def __init__(self, channels, head_dim, window):
         super().__init__()
@@ -496,10 +484,8 @@ CLEAN_SIGMA = 0.002                                         # noise level that a
 
 
 class Denoiser(nn.Module):
-    """D(x; sigma), the estimate of a clean frame given its noised self and the clean frames before it.
-
-    Frames are given and returned with zero mean and standard deviation `sigma_data`; sigma is in the same unit.
-    """
+    """D(x; sigma), the estimate of a clean frame given its noised self and the clean frames before it. Frames are given
+    and returned with zero mean and standard deviation `sigma_data`; sigma is in the same unit."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -86,10 +86,8 @@ def noise_levels(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho):
 
 
 def reverse_diffusion(denoise, x, levels, solver="euler", generator=None, churn=0.0, churn_min=0.05, churn_max=50.0):
-    """From noise x at levels[0] down to levels[-1]; the last step, to 0, is an Euler step with either solver.
-
-    Heun solves the equation more accurately, but divides the denoiser's error by the next noise level: with few
-    steps, and a network that trained for minutes, Euler makes the better frames."""
+    """From noise x at levels[0] down to levels[-1]; the last step, to 0, is an Euler step with either solver. Heun
+    is more accurate, but divides the denoiser's error by the next noise level: with few steps Euler does better."""
     for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
         if churn and churn_min <= sigma <= churn_max:
             raised = sigma * (1 + min(churn / (len(levels) - 1), math.sqrt(2) - 1))
@@ -110,8 +108,7 @@ class Rollout(collections.abc.Iterator):
 
     actions: None, or b n (..) with one entry per frame, the given ones included; the iterator ends with them.
     limits: None, or the least and the largest value that a pixel can have, c 1 1 each: a frame is clamped to them
-    before it becomes the past, as it is when shown. Frame t's noise is a function of (seed, t) alone.
-    """
+    before it becomes the past, as it is when shown. Frame t's noise is a function of (seed, t) alone."""
 
     def __init__(self, model, clip, levels, seed=0, actions=None, limits=None, context_noise=0.0, temperature=1.0,
                  guidance=1.0, **how):
@@ -139,8 +136,7 @@ class Rollout(collections.abc.Iterator):
         return x
 
     def denoise(self, action, x, sigma):
-        """D(x, sigma) given the past; with history guidance, extrapolated from the D of a frame that has none, which
-        the model has learnt from every clip's first."""
+        """D(x, sigma) given the past; with history guidance, extrapolated from the D of a frame that has none."""
         x, sigma = x[:, None], x.new_full((len(x), 1), sigma)
         given_past = self.model.step(x, sigma, self.cache, action)[:, 0]
         if self.guidance == 1 or self.cache.position == 0:
@@ -314,8 +310,7 @@ def write_sheet(file, frames, given, scale, fps):
 
 
 def write_gif(file, frames, given, scale, fps):
-    """An endless GIF. Its clock counts hundredths of a second: each frame ends at the nearest one, so that a rate
-    such as 30 frames per second holds over the whole."""
+    """An endless GIF. Its clock counts hundredths of a second: each frame ends at the nearest one."""
     for t, picture in enumerate(tiled(frames, given, scale)):
         picture = Image.fromarray(picture).convert("P", palette=Image.Palette.ADAPTIVE)
         if t == 0:

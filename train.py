@@ -35,8 +35,7 @@ from model import Denoiser, ModelConfig
 
 # -- output
 out_dir = "out/mnist"           # checkpoints, log.jsonl and pictures go here
-init_from = "auto"              # auto: go on from out_dir's checkpoint, if there is one; changed: also if settings
-                                # differ from that run's; scratch: start anew, where there is none
+init_from = "auto"              # auto: go on from out_dir's checkpoint; changed: with other settings too; scratch: anew
 tensorboard = False             # write the log for TensorBoard too
 log_interval = 20               # optimizer steps between lines in log.jsonl
 eval_interval = 500             # optimizer steps between evaluations, each with a picture; 0: never
@@ -156,7 +155,6 @@ def draw_noise(samples, copies, shape, cfg, device):
 
 def clean_and_noised(clips, sigma, noise, context_sigma=None, context_noise=None):
     """The sequence of a training pass: x b (1 + r) t c h w and the noise level of each of its frames b (1 + r) t.
-
     clips: b t c h w; sigma: b r t; noise: b r t c h w; context noise: its level b and itself, or None."""
     noised = clips[:, None] + sigma[..., None, None, None] * noise
     clean, clean_sigma = clips, torch.zeros_like(sigma[:, 0])
@@ -305,14 +303,6 @@ def finite(value):
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
-def lines_until(path, step):
-    """The lines of a log up to `step`, if it is above 0, without one that was cut off."""
-    for line in path.read_text().splitlines() if step and path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                yield line + "\n"
-
-
 def draw_log(folder):
     """log.png: what log.jsonl says, over the steps. Nothing without matplotlib."""
     if not importlib.util.find_spec("matplotlib"):
@@ -439,9 +429,12 @@ class Run:
         """Rank 0 drops what the log says of later steps, and says what is trained."""
         if self.rank > 0:
             return
-        path, origin = self.folder / "log.jsonl", self.source.origin
+        path, origin, kept = self.folder / "log.jsonl", self.source.origin, []
+        for line in path.read_text().splitlines() if self.step and path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):                             # of a line that was cut off
+                kept += [f"{line}\n"] if json.loads(line)["step"] <= self.step else []
         with replacing(path) as temporary:
-            temporary.write_text("".join(lines_until(path, self.step)))
+            temporary.write_text("".join(kept))
         count = sum(p.numel() for p in self.model.parameters())
         print(f"{count / 1e6:.2f} million parameters on {self.world_size} x {self.device}; {origin}", flush=True)
         if self.step == 0:
