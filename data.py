@@ -442,8 +442,7 @@ def with_actions(timed, path):
         given, count = f"{beside} has {len(actions)} actions", 0
     kind = actions.dtype.kind, actions.ndim
     require(kind == ("f", 2) or kind in (("i", 1), ("u", 1)) and actions.min(initial=0) >= 0, f"{beside} holds "
-            f"{actions.dtype} {actions.shape}: expected a whole number from 0, or a vector of floats, for each frame",
-            Unusable)
+            f"{actions.dtype} {actions.shape}: expected a whole number from 0, or floats, for each frame", Unusable)
     for count, (seconds, frame) in enumerate(timed, start=1):
         require(count <= len(actions), f"{given}, and {path.name} has more frames", Unusable)
         yield seconds, (frame, actions[count - 1])
@@ -470,8 +469,7 @@ def find_sources(folder):
 
 
 def play_episode(cfg, number):
-    """(frame h w c, action) of one episode of a gymnasium environment under random actions. Its first frame comes of no
-    action, and counts as one of zeros."""
+    """(frame h w c, action) of an episode of a gymnasium environment under random actions, the first of them zeros."""
     import gymnasium
     seed = int(np.random.SeedSequence((cfg.seed, number)).generate_state(1)[0])
     try:
@@ -547,8 +545,7 @@ def read_json(path):
 
 
 def held_out(names, share):
-    """The names to validate on: those whose hash is in the lowest `share` of all, so that a set which grows keeps its
-    split, but at least one, and never all."""
+    """At least one of the names, never all: those whose hash is low, so that a set which grows keeps its split."""
     draw = {name: int(hashlib.md5(name.encode(), usedforsecurity=False).hexdigest(), 16) / 2 ** 128 for name in names}
     count = max(1, sum(drawn < share for drawn in draw.values()))
     return sorted(names, key=draw.get)[:min(count, len(names) - 1)]
@@ -699,8 +696,7 @@ def moments(frames):
 
 
 def statistics(mean, square):
-    """dict(mean, std), each a list of c floats. A channel that never changes gets std 1: the network sees zeros, and
-    its pixels come back exactly."""
+    """dict(mean, std), each a list of c floats. A channel that never changes gets std 1, and so comes back exactly."""
     variance = square - mean ** 2
     return dict(mean=mean.tolist(), std=np.where(variance < 1e-9, 1, variance.clip(1e-9) ** 0.5).tolist())
 

@@ -162,8 +162,7 @@ class Sequence:
     known: dict = field(default_factory=dict)               # what `of_positions` has returned
 
     def of_positions(self, function, device, *settings):
-        """function(index of each frame in its clip or rollout, *settings): the same for all layers of a pass, so the
-        first one that asks computes it."""
+        """function(index of each frame in its clip or rollout, *settings), computed once for all layers of a pass."""
         if function not in self.known:
             ahead = torch.arange(self.frames, device=device)
             self.known[function] = function(ahead + self.cache.clock if self.cache else ahead, *settings)
@@ -233,8 +232,7 @@ class CausalConv(MPWeight):
         return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, k - 1 - j)) for j, part in enumerate(parts, start=1))
 
 
-# ---- Video attention: one softmax over everything `sees` lets a query see. q, k, v: b s t m p d (m heads, p = h w
-# positions of a frame, d head dimension).
+# ---- Video attention: one softmax over all that `sees` allows. q, k, v: b s t m p d (m heads, p = h w places, d dim).
 
 ROTARY_PERIOD, FRAMES_AT_ONCE = 1024, 16                    # after which positions repeat; attended to in one call
 
@@ -380,8 +378,7 @@ class ModelConfig:
     sigma_data: float = 0.5                     # standard deviation of the frames the network is given
 
     def levels(self):
-        """(channels, frames that its attention sees: 1 is the frame itself, 0 no attention) of each level.
-        UserError names what cannot work."""
+        """(channels, frames that attention sees: 1 itself, 0 none) of each level. UserError names what cannot work."""
         depth, (_, height, width) = len(self.channel_mults), self.frame_shape
         factor = self.patch_size * 2 ** (depth - 1)
         require(height % factor == width % factor == 0, f"a frame of {height} x {width} pixels must be divisible by "
@@ -510,8 +507,7 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def step(self, x, sigma, cache, actions=None):
-        """The incremental pass of one noised frame that follows those in the cache.
-        x: b 1 c h w; sigma: b 1 -> D: b 1 c h w."""
+        """Denoises one frame that follows those in the cache. x: b 1 c h w; sigma: b 1 -> D: b 1 c h w."""
         require(x.shape[1] == 1, f"{x.shape[1]} noised frames given: they are denoised one at a time", ValueError)
         self.check(x[:, None], sigma[:, None], actions, copies=1)
         return self.denoise(x[:, None], sigma[:, None], actions, Sequence(1, 1, cache))[:, 0]

@@ -35,8 +35,7 @@ from data import decode, fit, load_batch, open_source, replacing, to_network, to
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make
-out = "rollout.gif"         # .gif, .mp4, .webm, .png (contact sheet: a row per sample), .npy (uint8 samples t h w c),
-                            # or .pt: no rollout, but the averaged weights alone, for sharing
+out = "rollout.gif"         # .gif, .mp4, .webm, .png (a row per sample), .npy (uint8 n t h w c); .pt: weights, to share
 precision = "bfloat16"      # of the weights in a .pt file: bfloat16 or float32
 checkpoint = ""             # file to sample from; empty: the newest checkpoint.pt under out/
 frames = 24                 # frames per sample, the given ones included
@@ -185,8 +184,7 @@ def profile_overlap(t_a, gamma_a, t_b, gamma_b):
 
 
 def reconstruction(steps, widths, step, width):
-    """How much of each snapshot (taken at steps[i] with widths[i]) gives the average of `width` at `step`:
-    least squares between profiles."""
+    """How much of each snapshot, of steps[i] and widths[i], gives the average of `width` at `step`: least squares."""
     t, gamma = np.asarray(steps, float), np.array([ema_exponent(w) for w in widths])
     gram = profile_overlap(t[:, None], gamma[:, None], t[None], gamma[None])
     target = profile_overlap(t, gamma, float(step), ema_exponent(width))
@@ -237,8 +235,7 @@ def newest_checkpoint(root="out"):
 
 
 def load_model(path, width, device):
-    """(model in eval mode, checkpoint) with the weights averaged by `width`, or raw ones for 0; a file of weights has
-    only those that it was made with."""
+    """(model in eval mode, checkpoint) with the weights averaged by `width`, or raw for 0; a file to share has one."""
     state = load_file(path, WEIGHT_KEYS)
     model = Denoiser(ModelConfig(**state["model_config"]))
     weights = state["model"]
@@ -465,9 +462,8 @@ class Game:
         if time.monotonic() - self.seen < 5:
             raise Refused(409, BUSY, "text/html")
         self.player, self.seen = secrets.token_urlsafe(), time.monotonic()
-        actions = self.model.cfg.action_dim
-        game = dict(player=self.player, fps=self.cfg.fps, actions=0 if self.continuous else actions,
-                    sliders=actions if self.continuous else 0)
+        game = {"player": self.player, "fps": self.cfg.fps, "actions": 0, "sliders": 0,
+                "sliders" if self.continuous else "actions": self.model.cfg.action_dim}
         return PAGE.replace("GAME", json.dumps(game)).encode()
 
     def read_action(self, action):

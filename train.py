@@ -113,8 +113,7 @@ def start_processes(cfg):
         torch.cuda.set_device(device)
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":           # several nodes may count their restarts differently
-        # After a restart torchrun's own store still holds the addresses of the processes that ended.
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)       # the old one has old addresses
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
     return device, rank, world_size
 
@@ -350,9 +349,8 @@ def build_model(cfg, source, device):
 
 
 def compiled(model):
-    """The model, its UNet compiled for the shapes of this run; blocks share their code, and each is one more
-    compilation of it."""
-    torch._dynamo.config.recompile_limit = 64
+    """The model, its UNet compiled for the shapes of this run."""
+    torch._dynamo.config.recompile_limit = 64               # blocks share code; each is one more compilation of it
     model.unet.compile(dynamic=False)
     return model
 
