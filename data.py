@@ -33,7 +33,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from tqdm import tqdm
 
-from config import UserError, run
+from config import UserError, require, run
 
 # -- preparing clips
 src = ""                    # folder of films, GIFs, arrays and folders of pictures
@@ -52,12 +52,8 @@ workers = 0                 # processes; 0: one per core
 # -- fetching MNIST
 data_dir = "data/mnist"     # folder of the two MNIST images files; missing ones are downloaded into it
 
-# ---------------------------------------------------------------------------------------------------
-# Small tools: errors the user can mend, and files that are whole.
-
-def require(condition, message):
-    if not condition:
-        raise UserError(message)
+class Unusable(UserError):
+    """What is wrong with one source of frames; the others may be fine."""
 
 
 @contextlib.contextmanager
@@ -107,13 +103,13 @@ def read_idx(path):
 def read_url(url, timeout):
     """The bytes at `url`. OSError after `timeout` seconds of silence, or if they take 30 times that in all."""
     content, deadline = bytearray(), time.monotonic() + 30 * timeout
-    with urllib.request.urlopen(url, timeout=timeout) as response:
-        with tqdm(total=response.length, desc=url.split("/")[-1], unit="B", unit_scale=True, disable=None) as bar:
-            while part := response.read1(1 << 16):
-                if time.monotonic() > deadline:             # bytes that trickle in never make a silence
-                    raise TimeoutError(f"not complete after {30 * timeout:g} s")
-                content += part
-                bar.update(len(part))
+    with (urllib.request.urlopen(url, timeout=timeout) as response,
+          tqdm(total=response.length, desc=url.split("/")[-1], unit="B", unit_scale=True, disable=None) as bar):
+        while part := response.read1(1 << 16):
+            if time.monotonic() > deadline:                 # bytes that trickle in never make a silence
+                raise TimeoutError(f"not complete after {30 * timeout:g} s")
+            content += part
+            bar.update(len(part))
     return content
 
 
@@ -125,8 +121,7 @@ def download(name, folder, mirrors=MIRRORS, md5=MD5, timeout=10.0):
         for mirror in mirrors:
             try:
                 content = read_url(mirror + name, timeout)
-                digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
-                if digest != md5[name]:
+                if (digest := hashlib.md5(content, usedforsecurity=False).hexdigest()) != md5[name]:
                     raise OSError(f"wrong checksum of {len(content)} bytes (md5 {digest}, not {md5[name]})")
                 temporary.write_bytes(content)
                 return
@@ -250,11 +245,10 @@ def paint(picture, digit, y, x):
 
 
 class MovingDigits:
-    """Digits that move over a black square and bounce off its walls.
-
-    With cfg.whole_pixels, places and velocities are whole pixels, so that away from walls a frame is an exact shift
-    of the last one; else real numbers, rounded to draw, as in Moving MNIST. At a wall cfg.bounce 'reflect' mirrors
-    the velocity, and 'random' draws a new direction, with whole pixels also a new speed: too few are equally fast."""
+    """Digits that move over a black square and bounce off its walls. With cfg.whole_pixels, places and velocities are
+    whole pixels, so that away from walls a frame is an exact shift of the last one; else real numbers, rounded to draw,
+    as in Moving MNIST. At a wall cfg.bounce 'reflect' mirrors the velocity, and 'random' draws a new direction, with
+    whole pixels also a new speed: too few are equally fast."""
 
     def __init__(self, cfg, split):
         check_digits(cfg, split)
@@ -354,15 +348,6 @@ class CanvasWorld:
 PICTURES, ARRAYS, FILMS = (".png", ".jpg", ".jpeg"), (".npy", ".npz"), (".mp4", ".mov", ".avi", ".mkv", ".webm")
 
 
-class Unusable(UserError):
-    """What is wrong with one source of frames; the others may be fine."""
-
-
-def usable(condition, message):
-    if not condition:
-        raise Unusable(message)
-
-
 @contextlib.contextmanager
 def reading(path):
     """Each decoder has its own ways to fail on a damaged file: all become Unusable, and name it."""
@@ -378,11 +363,11 @@ def read_array(path):
     """The frames of a .npy file, or of the one array in a .npz file: uint8 h w c, or float c h w."""
     array = np.load(path, mmap_mode="r", allow_pickle=False)
     if isinstance(array, np.lib.npyio.NpzFile):
-        usable(len(array.files) == 1, f"{path} holds {len(array.files)} arrays, expected one")
+        require(len(array.files) == 1, f"{path} holds {len(array.files)} arrays, expected one", Unusable)
         array = array[array.files[0]]
     video = array.dtype == np.uint8 and (array.ndim == 3 or array.ndim == 4 and array.shape[3] in (1, 3, 4))
-    usable(video or array.dtype.kind == "f" and array.ndim == 4,
-           f"{path} holds {array.dtype} {array.shape}: expected uint8 frames t h w [c], or latents, floats t c h w")
+    require(video or array.dtype.kind == "f" and array.ndim == 4, f"{path} holds {array.dtype} {array.shape}: expected "
+            "uint8 frames t h w [c], or latents, floats t c h w", Unusable)
     return array[..., None] if array.ndim == 3 else array
 
 
@@ -396,30 +381,27 @@ def read_pictures(path):
 
 
 def read_film(path):
-    usable(importlib.util.find_spec("av"),
-           f"{path}: films are read by PyAV, which is not installed: pip install av (or give .gif, .png or .npy)")
+    require(importlib.util.find_spec("av"), f"{path}: films are read by PyAV, which is not installed: pip install av "
+                                            "(or give .gif, .png or .npy)", Unusable)
     import av
     with av.open(str(path)) as film:
-        usable(film.streams.video, f"{path} has no video")
+        require(film.streams.video, f"{path} has no video", Unusable)
         for frame in film.decode(video=0):
             yield frame.time, frame.to_ndarray(format="rgb24")
-
-
-def natural(path):
-    """Sorts 2.png before 10.png."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def decode(path):
     """(seconds or None, frame) of a film, GIF, picture, folder of pictures or array, one by one; a frame is uint8
     h w c, a latent float c h w. Unusable names the file and what is wrong with it."""
     path, kind = Path(path), Path(path).suffix.lower()
-    usable(path.exists(), f"there is no file {path}")
+    require(path.exists(), f"there is no file {path}", Unusable)
     with reading(path):
         if path.is_dir():
-            pictures = sorted((file for file in path.iterdir() if file.suffix.lower() in PICTURES), key=natural)
-            usable(pictures, f"{path} is a folder without pictures")
-            for file in pictures:
+            pictures = [file for file in path.iterdir() if file.suffix.lower() in PICTURES]
+            require(pictures, f"{path} is a folder without pictures", Unusable)
+            numbered = {file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
+                        for file in pictures}               # so that 2.png comes before 10.png
+            for file in sorted(pictures, key=numbered.get):
                 yield from read_pictures(file)
         elif kind in ARRAYS:
             yield from ((None, frame) for frame in read_array(path))
@@ -431,7 +413,7 @@ def fit(frame, shape, letterbox=False):
     """A uint8 frame h w c in `shape` (c, h, w): its centre cropped to the proportions, or with black bars, then
     resized. A latent c h w has the shape already, or is Unusable."""
     if frame.dtype != np.uint8:
-        usable(frame.shape == tuple(shape), f"a latent of {frame.shape}, expected {tuple(shape)}")
+        require(frame.shape == tuple(shape), f"a latent of {frame.shape}, expected {tuple(shape)}", Unusable)
         return frame.astype(np.float16)
     picture = Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame).convert("L" if shape[0] == 1 else "RGB")
     picture = (ImageOps.pad if letterbox else ImageOps.fit)(picture, shape[:0:-1], Image.Resampling.BILINEAR)
@@ -441,41 +423,40 @@ def fit(frame, shape, letterbox=False):
 def at_rate(timed, fps):
     """Of (seconds, item) pairs, the item that is on at each tick of a clock of `fps` ticks a second that starts with
     the first one; every item if fps is 0, or if they have no times."""
-    on, began, ticks = None, None, itertools.count()
-    tick = next(ticks)
+    on, began, ticks = None, None, 0
     for seconds, item in timed:
         if not fps or seconds is None:
             yield item
             continue
         began = seconds if began is None else began
-        while tick / fps < seconds - began - 1e-4:          # clocks are rounded
-            yield on
-            tick = next(ticks)
-        on, last = item, seconds
-    if began is not None and tick / fps <= last - began + 1e-4:
+        due = math.ceil((seconds - began - 1e-4) * fps)     # ticks before it; clocks are rounded
+        yield from itertools.repeat(on, due - ticks)
+        on, ticks, last_tick = item, max(due, ticks), (seconds - began + 1e-4) * fps
+    if began is not None and ticks <= last_tick:
         yield on
 
 
 def with_actions(timed, path):
     """(seconds, (frame, action)) of (seconds, frame): the rows of clip.actions.npy beside clip.mp4, else None."""
-    beside, count = path.with_name(f"{path.stem}.actions.npy"), 0
+    beside = path.with_name(f"{path.stem}.actions.npy")
     if not beside.exists():
         yield from ((seconds, (frame, None)) for seconds, frame in timed)
         return
     with reading(beside):
         actions = np.load(beside, allow_pickle=False)
-    whole = actions.dtype.kind in "iu" and actions.ndim == 1 and actions.min(initial=0) >= 0
-    usable(whole or actions.dtype.kind == "f" and actions.ndim == 2, f"{beside} holds {actions.dtype} {actions.shape}: "
-           "expected a whole number from 0, or a vector of floats, for each frame")
+        given, count = f"{beside} has {len(actions)} actions", 0
+    kind = actions.dtype.kind, actions.ndim
+    require(kind == ("f", 2) or kind in (("i", 1), ("u", 1)) and actions.min(initial=0) >= 0, f"{beside} holds "
+            f"{actions.dtype} {actions.shape}: expected a whole number from 0, or floats, for each frame", Unusable)
     for count, (seconds, frame) in enumerate(timed, start=1):
-        usable(count <= len(actions), f"{beside} has {len(actions)} actions, and {path.name} has more frames")
+        require(count <= len(actions), f"{given}, and {path.name} has more frames", Unusable)
         yield seconds, (frame, actions[count - 1])
-    usable(count == len(actions), f"{beside} has {len(actions)} actions for {count} frames")
+    require(count == len(actions), f"{given} for {count} frames", Unusable)
 
 
 # ---------------------------------------------------------------------------------------------------
-# Preparing clips: of each source NAME.raw, its frames one after another, perhaps NAME.actions.npy, and NAME.json, which
-# is written last: what has one is whole. meta.json, made of them at the end, is all that training looks up.
+# Preparing clips: of each source NAME.raw, its frames one after another, perhaps NAME.actions.npy, and NAME.json,
+# which is written last: what has one is whole. meta.json, made of them at the end, is all that training looks up.
 
 MADE_WITH = ("env", "size", "channels", "fps", "letterbox", "max_frames", "min_frames", "seed")     # the same for all
 
@@ -494,8 +475,7 @@ def find_sources(folder):
 
 
 def play_episode(cfg, number):
-    """(frame h w c, action) of one episode of a gymnasium environment under random actions. Its first frame comes of no
-    action, and counts as one of zeros."""
+    """(frame h w c, action) of an episode of a gymnasium environment under random actions, the first of them zeros."""
     import gymnasium
     seed = int(np.random.SeedSequence((cfg.seed, number)).generate_state(1)[0])
     try:
@@ -515,37 +495,23 @@ def play_episode(cfg, number):
         raise UserError(f"--env={cfg.env}: {error}") from error
 
 
-def count_actions(env):
-    """How many discrete actions an environment has, of which some may never have been drawn."""
-    import gymnasium
-    with contextlib.closing(gymnasium.make(env)) as env:
-        return int(env.action_space.start + env.action_space.n)
-
-
-def frames_of(cfg, name):
-    """(frame c h w, action or None) of a source, as they will be stored."""
-    path, shape = Path(cfg.src, name), (cfg.channels, cfg.size, cfg.size)
-    pairs = play_episode(cfg, int(name)) if cfg.env else at_rate(with_actions(decode(path), path), cfg.fps)
-    for frame, action in pairs:
-        yield fit(frame, shape if frame.dtype == np.uint8 else frame.shape, cfg.letterbox), action
-
-
-def write_frames(path, pairs, least):
-    """Writes frames one by one, if there are `least` or more. Returns their actions, and a record of what they are."""
-    actions, shape, mean, square = [], None, 0, 0
+def write_frames(path, pairs, cfg):
+    """Writes frames one by one, as they will be trained on. Returns their actions, and a record of what they are."""
+    actions, shape, total = [], None, 0
     with replacing(path) as temporary, open(temporary, "wb") as file:
         for frame, action in pairs:
+            size = (cfg.channels, cfg.size, cfg.size) if frame.dtype == np.uint8 else frame.shape
+            frame = fit(frame, size, cfg.letterbox)
             shape = shape or frame.shape
-            usable(frame.shape == shape and np.isfinite(frame).all(),
-                   f"{path.stem}: frame {len(actions) + 1} is {frame.shape} after {shape}, or not finite")
+            require(frame.shape == shape and np.isfinite(frame).all(), f"{path.stem}: frame {len(actions) + 1} is "
+                    f"{frame.shape} after {shape}, or not finite", Unusable)
             file.write(frame.tobytes())
             actions.append(action)
-            values = frame.astype(np.float64) / 255
-            mean, square = mean + values.mean((1, 2)), square + (values ** 2).mean((1, 2))
-        count = len(actions)
-        usable(count >= least, f"{path.stem}: {count} frames, fewer than min_frames={least}")
-    return actions, dict(frames=count, shape=shape, dtype=frame.dtype.name,
-                         mean=(mean / count).tolist(), square=(square / count).tolist())
+            total = total + np.array(moments(frame[None]))
+        count, least = len(actions), cfg.min_frames
+        require(count >= least, f"{path.stem}: {count} frames, fewer than min_frames={least}", Unusable)
+    mean, square = (total / count).tolist()
+    return actions, dict(frames=count, shape=shape, dtype=frame.dtype.name, mean=mean, square=square)
 
 
 def write_actions(path, actions):
@@ -561,14 +527,15 @@ def write_actions(path, actions):
 
 def prepare_source(cfg, name):
     """Stores the frames of one source, unless this was done. Returns why it is unusable, or None."""
-    target = Path(cfg.out, "clips", f"{name}.raw")
+    target, path = Path(cfg.out, "clips", f"{name}.raw"), Path(cfg.src, name)
     beside = {suffix: target.with_suffix(suffix) for suffix in (".json", ".actions.npy")}
-    sources = [Path(cfg.src, name), Path(cfg.src, name).with_suffix(".actions.npy")] if cfg.src else []
+    sources = [path, path.with_suffix(".actions.npy")] if cfg.src else []
     made_of = [[file.stat().st_size, file.stat().st_mtime_ns] for file in sources if file.exists()]
     if beside[".json"].exists() and read_json(beside[".json"])["made_of"] == made_of and target.exists():
         return None
     try:
-        actions, record = write_frames(target, frames_of(cfg, name), cfg.min_frames)
+        pairs = play_episode(cfg, int(name)) if cfg.env else at_rate(with_actions(decode(path), path), cfg.fps)
+        actions, record = write_frames(target, pairs, cfg)
     except Unusable as error:
         return str(error)
     record |= write_actions(beside[".actions.npy"], actions) | dict(name=name, made_of=made_of)
@@ -584,8 +551,7 @@ def read_json(path):
 
 
 def held_out(names, share):
-    """The names to validate on: those whose hash is in the lowest `share` of all, so that a set which grows keeps its
-    split, but at least one, and never all."""
+    """At least one of the names, never all: those whose hash is low, so that a set which grows keeps its split."""
     draw = {name: int(hashlib.md5(name.encode(), usedforsecurity=False).hexdigest(), 16) / 2 ** 128 for name in names}
     count = max(1, sum(drawn < share for drawn in draw.values()))
     return sorted(names, key=draw.get)[:min(count, len(names) - 1)]
@@ -594,38 +560,33 @@ def held_out(names, share):
 def combine(records, share, left_out):
     """What training looks up, out of the records of all clips that are like the first."""
     kinds = {record["name"]: (record["dtype"], *record["shape"]) for record in records}
-    kind = kinds[records[0]["name"]]
-    for record in records:
-        if kinds[record["name"]] != kind:
-            left_out[record["name"]] = f"{kinds[record['name']]} unlike {kind} of {records[0]['name']}"
+    kind = kinds[first := records[0]["name"]]
+    left_out |= {name: f"{other} unlike {kind} of {first}" for name, other in kinds.items() if other != kind}
     records = [record for record in records if record["name"] not in left_out]
     acted = [record for record in records if record["action_dim"]]
     require(len({"discrete" if record["discrete"] else record["action_dim"] for record in acted}) < 2,
             "some clips have discrete actions and others vectors, or vectors of several lengths")
     frames = np.array([record["frames"] for record in records])
     mean, square = (frames @ np.array([record[key] for record in records]) / frames.sum() for key in ("mean", "square"))
-    variance = square - mean ** 2
     val = set(held_out([record["name"] for record in records], share))
     clips = [(record["name"], record["frames"], bool(record["action_dim"])) for record in records]
-    return dict(dtype=kind[0], shape=kind[1:], mean=mean.tolist(),
-                std=np.where(variance < 1e-9, 1, variance.clip(1e-9) ** 0.5).tolist(),
+    return dict(statistics(mean, square), dtype=kind[0], shape=kind[1:], left_out=left_out,
                 action_dim=max((record["action_dim"] for record in acted), default=0),
-                discrete=any(record["discrete"] for record in acted), left_out=left_out,
+                discrete=any(record["discrete"] for record in acted),
                 train=[clip for clip in clips if clip[0] not in val], val=[clip for clip in clips if clip[0] in val])
 
 
 def check_prepare(cfg):
     """UserError for settings that cannot work, and for a folder prepared with others."""
     require(not (cfg.src and cfg.env), "give --src (files) or --env (a gymnasium environment), not both")
-    for name, least in (("size", 1), ("fps", 0), ("episodes", 1), ("max_frames", 2), ("min_frames", 2), ("workers", 0),
-                        ("seed", 0)):
-        require(getattr(cfg, name) >= least, f"--{name}={getattr(cfg, name)}: set {least} or more")
+    least = dict(size=1, fps=0, episodes=1, max_frames=2, min_frames=2, workers=0, seed=0)
+    for name, value in least.items():
+        require(getattr(cfg, name) >= value, f"--{name}={getattr(cfg, name)}: set {value} or more")
     require(cfg.channels in (1, 3), f"--channels={cfg.channels}: 1 (grey) or 3 (RGB)")
     require(0 < cfg.val_share < 1, f"--val_share={cfg.val_share}: between 0 and 1")
     require(not cfg.src or os.path.isdir(cfg.src), f"--src={cfg.src}: there is no such folder")
     require(not cfg.env or importlib.util.find_spec("gymnasium"),
-            f"--env={cfg.env}: environments are recorded through gymnasium, which is not installed: "
-            "pip install gymnasium")
+            f"--env={cfg.env}: gymnasium, which runs environments, is not installed: pip install gymnasium")
     meta, made_with = Path(cfg.out, "meta.json"), {name: getattr(cfg, name) for name in MADE_WITH}
     if not meta.exists():
         with replacing(meta) as temporary:
@@ -663,8 +624,10 @@ def prepare(cfg):
     records = [read_json(path) for path in sorted(folder.glob("clips/**/*.json"))]
     require(records, f"nothing in {cfg.src or cfg.env} was usable")
     meta = read_json(folder / "meta.json") | combine(records, cfg.val_share, left_out)
-    if cfg.env and meta["discrete"]:
-        meta["action_dim"] = count_actions(cfg.env)
+    if cfg.env and meta["discrete"]:                        # some actions may never have been drawn
+        import gymnasium
+        with contextlib.closing(gymnasium.make(cfg.env)) as env:
+            meta["action_dim"] = int(env.action_space.start + env.action_space.n)
     with replacing(folder / "meta.json") as temporary:
         temporary.write_text(json.dumps(meta, indent=1))
     for split in ("train", "val"):
@@ -675,11 +638,6 @@ def prepare(cfg):
 
 # ---------------------------------------------------------------------------------------------------
 # Prepared clips, mapped into memory: a batch reads the pages it needs.
-
-@functools.lru_cache(maxsize=256)                           # each holds a file open
-def mapped(path, dtype, shape):
-    return np.memmap(path, dtype, "r", shape=shape)
-
 
 class VideoClips:
     """Random windows of prepared clips: cfg.frames frames, cfg.stride apart, with cfg.flip half of those for training
@@ -701,16 +659,14 @@ class VideoClips:
         require(not (cfg.flip and self.action_dim), "flip=True would mirror frames, and not their actions: set False")
         self.stats = {key: self.meta[key] for key in ("mean", "std")} | {"latent": self.meta["dtype"] != "uint8"}
         for name, length, _ in self.clips:
-            self.check(folder / "clips" / f"{name}.raw", length)
+            path = folder / "clips" / f"{name}.raw"
+            expected = length * math.prod(self.shape) * np.dtype(self.meta["dtype"]).itemsize
+            found = path.stat().st_size if path.exists() else 0
+            require(found == expected, f"{path} has {found} bytes, and meta.json says {expected}: delete it, and "
+                                       "prepare the clips again")
         self.ends = np.cumsum([length - self.span + 1 for _, length, _ in self.clips])   # of each clip's windows
         self.stream = (cfg.seed, STREAMS[split])
         self.origin = f"{len(self.clips)} {split} clips of {folder}"
-
-    def check(self, path, length):
-        expected = length * math.prod(self.shape) * np.dtype(self.meta["dtype"]).itemsize
-        found = path.stat().st_size if path.exists() else 0
-        require(found == expected, f"{path} has {found} bytes, and meta.json says {expected}: delete it, and prepare "
-                                   "the clips again")
 
     def clip(self, index):
         """Clip `index` as (uint8 or float16 (t, c, h, w), actions (t,) or (t, a) or None)."""
@@ -720,7 +676,7 @@ class VideoClips:
         name, length, acted = self.clips[number]
         path, start = self.folder / "clips" / f"{name}.raw", self.ends[number] - 1 - window
         taken = slice(start, start + self.span, self.cfg.stride)
-        frames = np.array(mapped(path, self.meta["dtype"], (length, *self.shape))[taken])
+        frames = np.array(np.memmap(path, self.meta["dtype"], "r", shape=(length, *self.shape))[taken])
         if self.flip and rng.random() < 0.5:
             frames = frames[..., ::-1].copy()
         if not self.action_dim:
@@ -741,20 +697,23 @@ def open_source(cfg, split):
 # ---------------------------------------------------------------------------------------------------
 # Pixels to network values and back: zero mean, standard deviation sigma_data over the training set.
 
+def moments(frames):
+    """Mean and mean square of each channel of frames (t, c, h, w), on a scale from 0 to 1."""
+    values = frames / np.float64(255)
+    return values.mean((0, 2, 3)), (values ** 2).mean((0, 2, 3))
+
+
+def statistics(mean, square):
+    """dict(mean, std), each a list of c floats. A channel that never changes gets std 1, and so comes back exactly."""
+    variance = square - mean ** 2
+    return dict(mean=mean.tolist(), std=np.where(variance < 1e-9, 1, variance.clip(1e-9) ** 0.5).tolist())
+
+
 def measure(source, clips=256):
-    """dict(mean, std), each a list of c floats: the pixels of the first clips on a scale from 0 to 1; prepared clips
-    were measured already. A channel that never changes gets std 1: the network sees zeros, and its pixels come back
-    exactly."""
+    """The `statistics` of the pixels of the first clips; prepared clips were measured already."""
     if hasattr(source, "stats"):
         return source.stats
-    counts = np.zeros((source.shape[0], 256), np.int64)
-    for index in range(clips):
-        for count, pixels in zip(counts, rearrange(source.clip(index)[0], "t c h w -> c (t h w)")):
-            count += np.bincount(pixels, minlength=256)
-    share, values = counts / counts.sum(1, keepdims=True), np.arange(256) / 255
-    mean = share @ values
-    std = np.sqrt((share * (values - mean[:, None]) ** 2).sum(1))
-    return dict(mean=mean.tolist(), std=np.where(share.max(1) == 1, 1.0, std).tolist())
+    return statistics(*np.mean([moments(source.clip(index)[0]) for index in range(clips)], axis=0))
 
 
 def per_channel(stats, device):
@@ -778,24 +737,22 @@ def to_pixels(x, stats, sigma_data):
 # ---------------------------------------------------------------------------------------------------
 # Batches: the clips a process sees depend only on the step and its rank, so a run can stop and go on.
 
-def load_batch(source, indices):
+def load_batch(source, indices, device="cpu"):
     """Clips `indices` as (uint8 (b, t, c, h, w), actions (b, t, ...) or None)."""
     frames, actions = zip(*map(source.clip, indices))
-    return torch.from_numpy(np.stack(frames)), None if actions[0] is None else torch.from_numpy(np.stack(actions))
+    return [None if part[0] is None else torch.from_numpy(np.stack(part)).to(device) for part in (frames, actions)]
 
 
 class Batches(Iterator, contextlib.AbstractContextManager):
     """An endless iterator over micro-batches (sample numbers, frames, actions), loaded ahead by threads, whose
-    errors `next` raises. The numbers are b ints; frames (uint8 (b, t, c, h, w)) and actions are on `device`.
-
-    Step k trains on samples k * batch_size to (k + 1) * batch_size - 1; sample number i is clip i. They go in
-    order to the step's `accumulate` micro-batches, and those of each in order to the `world_size` processes."""
+    errors `next` raises. The numbers are b ints; frames (uint8 (b, t, c, h, w)) and actions are on `device`. Step k
+    trains on samples k * batch_size to (k + 1) * batch_size - 1; sample number i is clip i. They go in order to the
+    step's `accumulate` micro-batches, and those of each in order to the `world_size` processes."""
 
     def __init__(self, source, batch_size, device, start=0, rank=0, world_size=1, accumulate=1, prefetch=4):
         parts = accumulate * world_size
-        require(batch_size > 0 and batch_size % parts == 0,
-                f"batch_size={batch_size} cannot be split evenly over accumulate={accumulate} x {world_size} "
-                f"processes; set a multiple of {parts}")
+        require(batch_size > 0 and batch_size % parts == 0, f"batch_size={batch_size} cannot be split evenly over "
+                f"accumulate={accumulate} x {world_size} processes; set a multiple of {parts}")
         self.source, self.device, self.size = source, torch.device(device), batch_size // parts
         self.firsts = itertools.count(start * batch_size + rank * self.size, batch_size // accumulate)
         self.threads = ThreadPoolExecutor(prefetch)
@@ -823,18 +780,16 @@ class Batches(Iterator, contextlib.AbstractContextManager):
 # ---------------------------------------------------------------------------------------------------
 # The script.
 
-def fetch_mnist(cfg):
-    """Fetches MNIST ahead of time, and says what is there."""
+def main(cfg):
+    """Prepares clips, or fetches MNIST ahead of time and says what is there."""
+    if cfg.src or cfg.env:
+        return prepare(cfg)
     if reason := fetch(cfg.data_dir):
         print(f"not downloaded: {reason}", flush=True)
     for split in FILES:
         digits, origin = load_digits(cfg.data_dir, split, seed=0)
         numbers = f"{len(digits)} digits, mean {digits.mean() / 255:.4f}, std {digits.std() / 255:.4f}"
         print(f"{split}: {numbers} ({origin})", flush=True)
-
-
-def main(cfg):
-    (prepare if cfg.src or cfg.env else fetch_mnist)(cfg)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+from config import require
 
 # ---------------------------------------------------------------------------------------------------
 # Magnitude-preserving operations: unit variance in, unit variance out (EDM2, section 2 and appendix B).
@@ -67,18 +70,15 @@ class MPFourier(nn.Module):
 class MPWeight(nn.Module):
     """A weight whose rows (one per output) stay on the sphere of RMS 1, and act scaled by 1 / sqrt(fan in).
 
-    EDM2 normalises weights in every forward pass, so that the gradient has no part along the weight, and in
-    place before every step, so that the weight's growth does not slow learning down (Eq. 47 and 66). For a
-    weight that is already on the sphere the first only removes that part from the gradient. Both are done here
-    once per optimizer step: `Denoiser.project_gradients` before it, `Denoiser.normalize_weights` after it.
-    """
+    EDM2 normalises weights in every forward pass, so that the gradient has no part along the weight, and in place
+    before every step, so that the weight's growth does not slow learning down (Eq. 47 and 66). Both are done here once
+    per optimizer step: `Denoiser.project_gradients` before it, `Denoiser.normalize_weights` after it."""
 
     def __init__(self, *shape):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(shape))
+        self.weight = nn.Parameter(unit_rms(torch.randn(shape), tuple(range(1, len(shape)))))
         self.fan_in = math.prod(shape[1:])
         self.frozen = None, None, None                      # what `scaled` last returned for what, if not training
-        self.normalize_weight()
 
     def scaled(self, dtype, gain=1.0):
         """The weight as it acts; when no gradient is wanted, computed once, until the weight is written to. A compiled
@@ -92,16 +92,6 @@ class MPWeight(nn.Module):
 
     def scale(self, dtype, gain):
         return (self.weight * (gain / math.sqrt(self.fan_in))).to(dtype)
-
-    @torch.no_grad()
-    def normalize_weight(self):
-        self.weight.copy_(unit_rms(self.weight, tuple(range(1, self.weight.ndim))))
-
-    @torch.no_grad()
-    def project_gradient(self):
-        dims = tuple(range(1, self.weight.ndim))
-        along = (self.weight * self.weight.grad).mean(dims, keepdim=True)                # |w|^2 = fan in
-        self.weight.grad.sub_(self.weight * along)
 
 
 class MPLinear(MPWeight):
@@ -130,36 +120,32 @@ class MPConv(MPWeight):
 # The time axis: how the frames of a pass are laid out, and what step-by-step inference remembers.
 
 def sees(s_q, t_q, s_k, t_k, window):
-    """Whether query frame (s_q, t_q) sees key frame (s_k, t_k): itself, and clean frames (s = 0) before it.
-
-    `window` counts frames, the present one included. Works on ints and, elementwise, on tensors.
-    """
+    """Whether query frame (s_q, t_q), ints or tensors, sees key frame (s_k, t_k): itself, and clean frames (s = 0)
+    before it; `window` counts frames, the present one included."""
     itself = (s_q == s_k) & (t_q == t_k)
     return itself | ((s_k == 0) & (t_k < t_q) & (t_q - t_k < window))
 
 
 class Cache:
     """The past of a rollout: each attention's keys and values of the last `window` frames, as a ring, and what
-    the past contributes to each causal convolution's next frames. Layers allocate their part at first use.
-
-    Everything in it is a tensor that keeps its shape and its place, the number of frames too: an evaluation runs the
-    same operations on the same memory at every frame, so it can be compiled, or captured as a CUDA graph, once."""
+    the past contributes to each causal convolution's next frames. Layers allocate their part at first use. Everything
+    in it is a tensor that keeps shape and place, the number of frames too: an evaluation runs the same operations on
+    the same memory at every frame, so it can be compiled, or captured as a CUDA graph, once."""
 
     def __init__(self, device="cpu"):
-        self.clock = torch.zeros((), dtype=torch.long, device=device)                    # frames read so far
+        self.clock = torch.zeros((), dtype=torch.long, device=device)    # frames read so far = present frame's index
         self.tensors = {}                                   # layer -> tensor, rewritten in place ever after
 
     @property
     def position(self):
-        """Frames read so far = index of the present frame."""
         return self.clock.item()
 
     def of(self, layer, shape, like):
         if layer not in self.tensors:
             self.tensors[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        if self.tensors[layer].shape != torch.Size(shape):
-            raise ValueError(f"the cache holds {tuple(self.tensors[layer].shape)}, and the frames need {tuple(shape)}: "
-                             "a cache serves one batch, from its first frame on")
+        found = tuple(self.tensors[layer].shape)
+        require(found == tuple(shape), f"the cache holds {found}, and the frames need {tuple(shape)}: a cache serves "
+                                       "one batch, from its first frame on", ValueError)
         return self.tensors[layer]
 
 
@@ -178,8 +164,7 @@ class Sequence:
     known: dict = field(default_factory=dict)               # what `of_positions` has returned
 
     def of_positions(self, function, device, *settings):
-        """function(index of each frame in its clip or rollout, *settings): the same for all layers of a pass, so the
-        first one that asks computes it."""
+        """function(index of each frame in its clip or rollout, *settings), computed once for all layers of a pass."""
         if function not in self.known:
             ahead = torch.arange(self.frames, device=device)
             self.known[function] = function(ahead + self.cache.clock if self.cache else ahead, *settings)
@@ -207,10 +192,8 @@ class CausalConv(MPWeight):
 
         y[s,t] = g_t (W_0 * x[s,t] + sum_j W_j * x[0,t-j])        g_t = sqrt(k / taps that lie in the clip)
 
-    The sum is the same for every copy, so it is computed once, from the clean frames. A frame's contributions
-    to all later frames come out of one convolution, so the cache holds finished sums and no old inputs, and
-    denoising a frame costs as much as an image.
-    """
+    The sum is the same for every copy, so it is computed once, from the clean frames. A frame's contributions to all
+    later frames come out of one convolution, so the cache holds finished sums, and a frame costs what an image does."""
 
     def __init__(self, c_in, c_out, kernel):
         super().__init__(c_out, kernel, c_in, 3, 3)
@@ -252,34 +235,24 @@ class CausalConv(MPWeight):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Video attention: one softmax over everything `sees` lets a query see. q, k, v: b s t m p d
-# (m heads, p = h w positions of a frame, d head dimension).
+# Video attention: one softmax over all that `sees` allows. q, k, v: b s t m p d (m heads, p = h w places, d dim).
 
-ROTARY_PERIOD = 1024                                        # frames
+ROTARY_PERIOD, FRAMES_AT_ONCE = 1024, 16                    # after which positions repeat; attended to in one call
 
 
-def rotary_table(pairs):
-    """cos and sin per position: 2 period pairs. All frequencies are whole turns per `ROTARY_PERIOD` frames, so
-    that positions count modulo the period, exactly, however long the rollout."""
+def rotation(positions, pairs, dtype):
+    """cos and sin of the frames at `positions` t: 2 t 1 1 pairs. All frequencies are whole turns per `ROTARY_PERIOD`
+    frames, so that positions count modulo the period, exactly, however long the rollout."""
     fastest = ROTARY_PERIOD / (2 * math.pi)                 # one radian per frame
-    turns = (fastest ** (1 - torch.arange(pairs) / pairs)).round().long()
-    phase = torch.arange(ROTARY_PERIOD)[:, None] * turns % ROTARY_PERIOD                 # whole numbers: no rounding
-    angle = phase.double() * (2 * math.pi / ROTARY_PERIOD)
-    return torch.stack([angle.cos(), angle.sin()]).float()
-
-
-def rotation(positions, table, dtype):
-    """cos and sin of the frames at `positions` t: 2 t 1 1 pairs."""
-    return table[:, positions % ROTARY_PERIOD, None, None].to(dtype)
+    turns = (fastest ** (1 - torch.arange(pairs, device=positions.device) / pairs)).round().long()
+    angle = (positions[:, None] * turns % ROTARY_PERIOD) * (2 * math.pi / ROTARY_PERIOD)
+    return torch.stack([angle.cos(), angle.sin()])[:, :, None, None].to(dtype)
 
 
 def rotate(x, cos, sin):
     """Rotary embedding over time: x: .. t m p d, by its frames' `rotation`."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
-FRAMES_AT_ONCE = 16
 
 
 def with_past(clean, own, past):
@@ -313,8 +286,6 @@ def attend_frame_by_frame(q, k, v, window):
 @functools.lru_cache(maxsize=64)
 def block_mask(copies, frames, positions, window, device):
     """FlexAttention's mask of `sees` for sequences (s t p): blocks that nobody sees cost nothing."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     def mask(b, m, q, k):
         return sees(q // (frames * positions), q // positions % frames,
                     k // (frames * positions), k // positions % frames, window)
@@ -324,7 +295,6 @@ def block_mask(copies, frames, positions, window, device):
 
 @functools.cache
 def compiled_flex_attention():
-    from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention, dynamic=False)     # uncompiled it would build the full score matrix
 
 
@@ -357,10 +327,9 @@ TRUNK, BRANCH = blend(0.3)                                  # a block's sums: wh
 
 
 class Attention(nn.Module):
-    """Cosine attention with residual sum: over a frame's own positions (window 1) or those of its past too.
-
-    The logits of unit vectors lie between -sqrt(d) and sqrt(d), too flat to pick one among hundreds of keys. A learnt
-    factor per head, `sharpness`, lets it find a place again that left the picture some frames ago."""
+    """Cosine attention with residual sum: over a frame's own positions (window 1) or those of its past too. The logits
+    of unit vectors lie between -sqrt(d) and sqrt(d), too flat to pick one among hundreds of keys. A learnt factor per
+    head, `sharpness`, lets it find a place again that left the picture some frames ago."""
 
     def __init__(self, channels, head_dim, window):
         super().__init__()
@@ -368,7 +337,6 @@ class Attention(nn.Module):
         self.qkv = MPConv(3 * channels, channels, 1, 1)
         self.out = MPConv(channels, channels, 1, 1)
         self.sharpness = nn.Parameter(torch.ones(channels // head_dim))
-        self.register_buffer("rotary", rotary_table(head_dim // 2), persistent=False)
 
     def forward(self, x, seq):
         qkv = rearrange(self.qkv(x), "(b s t) (n m d) h w -> n b s t m (h w) d",
@@ -382,7 +350,7 @@ class Attention(nn.Module):
         if self.window == 1:
             return F.scaled_dot_product_attention(*qkv.flatten(1, 3)).view_as(qkv[0])
         q_and_k, (v,) = qkv.split([2, 1])
-        q, k = rotate(q_and_k, *seq.of_positions(rotation, v.device, self.rotary, v.dtype))
+        q, k = rotate(q_and_k, *seq.of_positions(rotation, v.device, self.head_dim // 2, v.dtype))
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
             ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)
@@ -414,54 +382,36 @@ class ModelConfig:
     sigma_data: float = 0.5                     # standard deviation of the frames the network is given
 
     def levels(self):
-        """(channels, frames that its attention sees: 1 is the frame itself, 0 no attention) of each level.
-        ValueError names what cannot work."""
-        factor = self.patch_size * 2 ** (len(self.channel_mults) - 1)
-        _, height, width = self.frame_shape
-        if height % factor or width % factor:
-            raise ValueError(f"a frame of {height} x {width} pixels must be divisible by {factor} "
-                             f"(patch_size {self.patch_size}, {len(self.channel_mults)} levels)")
-        heights = [height // self.patch_size >> i for i in range(len(self.channel_mults))]
-        if unmatched := {*self.video_attn_resolutions, *self.frame_attn_resolutions} - {*heights}:
-            raise ValueError(f"no level has the attention resolution {min(unmatched)}: feature maps are "
-                             f"{', '.join(map(str, heights))} high")
-        if not 1 <= self.window <= ROTARY_PERIOD // 2 or self.temporal_kernel < 1:
-            raise ValueError(f"window {self.window} must be 1 to {ROTARY_PERIOD // 2} frames and temporal_kernel "
-                             f"{self.temporal_kernel} at least 1")
+        """(channels, frames that attention sees: 1 itself, 0 none) of each level. UserError names what cannot work."""
+        depth, (_, height, width) = len(self.channel_mults), self.frame_shape
+        factor = self.patch_size * 2 ** (depth - 1)
+        require(height % factor == width % factor == 0, f"a frame of {height} x {width} pixels must be divisible by "
+                                                        f"{factor} (patch_size {self.patch_size}, {depth} levels)")
+        heights = [height // self.patch_size >> i for i in range(depth)]
+        for wanted in (*self.video_attn_resolutions, *self.frame_attn_resolutions):
+            require(wanted in heights, f"no level has the attention resolution {wanted}: feature maps are "
+                                       f"{', '.join(map(str, heights))} high")
+        require(1 <= self.window <= ROTARY_PERIOD // 2 and self.temporal_kernel >= 1, f"window {self.window} must be 1 "
+                f"to {ROTARY_PERIOD // 2} frames and temporal_kernel {self.temporal_kernel} at least 1")
+        widths = [self.channels * mult for mult in self.channel_mults]
         windows = [self.window if h in self.video_attn_resolutions else int(h in self.frame_attn_resolutions)
                    for h in heights]
-        widths = [self.channels * mult for mult in self.channel_mults]
-        for c, window in zip(widths, windows, strict=True):
-            if window and c % self.head_dim:
-                raise ValueError(f"head_dim {self.head_dim} does not divide the {c} channels of a level with attention")
-        return list(zip(widths, windows, strict=True))
-
-
-class Residual(nn.Module):
-    """The branch of a block: two convolutions, the first one over `kernel` frames, modulated by the noise embedding."""
-
-    def __init__(self, c_in, c_out, c_emb, kernel, dropout):
-        super().__init__()
-        self.conv0 = CausalConv(c_in, c_out, kernel)
-        self.emb = MPLinear(c_out, c_emb)
-        self.emb_gain = nn.Parameter(torch.zeros(1))
-        self.conv1 = MPConv(c_out, c_out, 3, 3)
-        self.dropout = dropout
-
-    def forward(self, x, emb, seq):
-        scale = (1 + self.emb(emb) * self.emb_gain).to(x.dtype)
-        y = F.silu(self.conv0(F.silu(x), scale, seq, SILU_GAIN))
-        return self.conv1(F.dropout(y, self.dropout, self.training), SILU_GAIN * BRANCH)
+        for c in (c for c, window in zip(widths, windows) if window):
+            require(c % self.head_dim == 0, f"head_dim {self.head_dim} does not divide a level's {c} channels")
+        return list(zip(widths, windows))
 
 
 class Block(nn.Module):
-    """Resampling, residual branch, attention. An encoder block normalises its trunk, before the branch reads it."""
+    """Resampling, two convolutions beside the trunk, the first one over `kernel` frames and modulated by the noise
+    embedding, attention. An encoder block normalises its trunk, before the convolutions read it."""
 
     def __init__(self, c_in, c_out, c_emb, cfg, kernel, window=0, encoder=False, resample=None):
         super().__init__()
-        self.encoder, self.resample = encoder, resample
+        self.encoder, self.resample, self.dropout = encoder, resample, cfg.dropout
         self.skip = MPConv(c_out, c_in, 1, 1) if c_in != c_out else nn.Identity()
-        self.residual = Residual(c_out if encoder else c_in, c_out, c_emb, kernel, cfg.dropout)
+        self.conv0 = CausalConv(c_out if encoder else c_in, c_out, kernel)
+        self.emb, self.emb_gain = MPLinear(c_out, c_emb), nn.Parameter(torch.zeros(1))
+        self.conv1 = MPConv(c_out, c_out, 3, 3)
         self.attention = Attention(c_out, cfg.head_dim, window) if window else None
 
     def forward(self, x, emb, seq):
@@ -469,7 +419,10 @@ class Block(nn.Module):
         trunk = self.skip(x)
         if self.encoder:
             x = trunk = unit_rms(trunk, 1)                  # pixel norm
-        x = torch.add(self.residual(x, emb, seq), seq.going_on(seq.unfold(trunk)).flatten(0, 2), alpha=TRUNK)
+        scale = (1 + self.emb(emb) * self.emb_gain).to(x.dtype)
+        y = F.dropout(F.silu(self.conv0(F.silu(x), scale, seq, SILU_GAIN)), self.dropout, self.training)
+        y = self.conv1(y, SILU_GAIN * BRANCH)
+        x = torch.add(y, seq.going_on(seq.unfold(trunk)).flatten(0, 2), alpha=TRUNK)
         return self.attention(x, seq) if self.attention else x
 
 
@@ -533,10 +486,8 @@ CLEAN_SIGMA = 0.002                                         # noise level that a
 
 
 class Denoiser(nn.Module):
-    """D(x; sigma), the estimate of a clean frame given its noised self and the clean frames before it.
-
-    Frames are given and returned with zero mean and standard deviation `sigma_data`; sigma is in the same unit.
-    """
+    """D(x; sigma), the estimate of a clean frame given its noised self and the clean frames before it. Frames are given
+    and returned with zero mean and standard deviation `sigma_data`; sigma is in the same unit."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -561,10 +512,8 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def step(self, x, sigma, cache, actions=None):
-        """The incremental pass of one noised frame that follows those in the cache.
-        x: b 1 c h w; sigma: b 1 -> D: b 1 c h w."""
-        if x.shape[1] != 1:
-            raise ValueError(f"{x.shape[1]} noised frames given: they are denoised one at a time")
+        """Denoises one frame that follows those in the cache. x: b 1 c h w; sigma: b 1 -> D: b 1 c h w."""
+        require(x.shape[1] == 1, f"{x.shape[1]} noised frames given: they are denoised one at a time", ValueError)
         self.check(x[:, None], sigma[:, None], actions, copies=1)
         return self.denoise(x[:, None], sigma[:, None], actions, Sequence(1, 1, cache))[:, 0]
 
@@ -619,31 +568,28 @@ class Denoiser(nn.Module):
     def check(self, x, sigma, actions, copies):
         """ValueError that names the expected and the given shape."""
         b, s, t = x.shape[:3]
-        expected = (b, max(s, copies), t, *self.cfg.frame_shape)
-        if x.shape != expected:
-            raise ValueError(f"frames: expected {'b s t' if copies > 1 else 'b 1 t'} + {tuple(self.cfg.frame_shape)}, "
-                             f"at least {copies} copies; given {tuple(x.shape)}")
-        if sigma.shape != (b, s, t):
-            raise ValueError(f"sigma: expected {(b, s, t)}, one per frame; given {tuple(sigma.shape)}")
-        if bool(self.cfg.action_dim) != (actions is not None):
-            raise ValueError(f"actions: the model has action_dim {self.cfg.action_dim}, "
-                             f"given {'none' if actions is None else tuple(actions.shape)}")
-        if actions is not None:
-            wanted = (b, t, self.cfg.action_dim) if actions.is_floating_point() else (b, t)
-            if actions.shape != wanted:
-                raise ValueError(f"actions: expected {wanted}, given {tuple(actions.shape)}")
+        size, action_dim = tuple(self.cfg.frame_shape), self.cfg.action_dim
+        require(x.shape == (b, max(s, copies), t, *size), f"frames: expected {'b s t' if copies > 1 else 'b 1 t'} + "
+                f"{size}, at least {copies} copies; given {tuple(x.shape)}", ValueError)
+        require(sigma.shape == (b, s, t), f"sigma: expected {(b, s, t)}, given {tuple(sigma.shape)}", ValueError)
+        given = "none" if actions is None else tuple(actions.shape)
+        require(bool(action_dim) == (actions is not None),
+                f"actions: the model has action_dim {action_dim}, given {given}", ValueError)
+        expected = "none" if actions is None else (b, t, action_dim) if actions.is_floating_point() else (b, t)
+        require(given == expected, f"actions: expected {expected}, given {given}", ValueError)
 
+    @torch.no_grad()
     def normalize_weights(self):
         """Back to the sphere, after every optimizer step and after loading averaged weights (EDM2 Eq. 66)."""
-        for module in self.modules():
-            if isinstance(module, MPWeight):
-                module.normalize_weight()
+        for weight in (p for p in self.parameters() if p.ndim > 1):                     # without gains
+            weight.copy_(unit_rms(weight, tuple(range(1, weight.ndim))))
 
+    @torch.no_grad()
     def project_gradients(self):
         """Remove from every gradient what only changes a weight's length, before the optimizer step (EDM2 Eq. 47)."""
-        for module in self.modules():
-            if isinstance(module, MPWeight):
-                module.project_gradient()
+        for weight in (p for p in self.parameters() if p.ndim > 1):
+            along = (weight * weight.grad).mean(tuple(range(1, weight.ndim)), keepdim=True)       # |w|^2 = fan in
+            weight.grad.sub_(weight * along)
 
 
 def noise_label(sigma):

@@ -4,7 +4,7 @@
     python sample.py --checkpoint=out/mnist/checkpoint.pt --frames=200 --samples=8 --out=long.gif
     python sample.py --play                                  # steer it from a web page
 """
-import collections
+import collections.abc
 import contextlib
 import functools
 import http.server
@@ -30,13 +30,12 @@ from einops import rearrange
 from PIL import GifImagePlugin, Image
 from tqdm import tqdm
 
-from config import UserError, run
-from data import decode, fit, load_batch, open_source, replacing, require, to_network, to_pixels
+from config import UserError, require, run
+from data import decode, fit, load_batch, open_source, replacing, to_network, to_pixels
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make
-out = "rollout.gif"         # .gif, .mp4, .webm, .png (contact sheet: a row per sample), .npy (uint8 samples t h w c),
-                            # or .pt: no rollout, but the averaged weights alone, for sharing
+out = "rollout.gif"         # .gif, .mp4, .webm, .png (a row per sample), .npy (uint8 n t h w c); .pt: weights, to share
 precision = "bfloat16"      # of the weights in a .pt file: bfloat16 or float32
 checkpoint = ""             # file to sample from; empty: the newest checkpoint.pt under out/
 frames = 24                 # frames per sample, the given ones included
@@ -53,9 +52,7 @@ steps = 6                   # steps per frame
 sigma_min = 0.2             # last noise level before 0; with few steps, a small one leaves a haze that grows
 sigma_max = 40.0            # first noise level
 rho = 7.0                   # spacing of the noise levels: larger puts more of them near sigma_min
-churn = 0.0                 # fresh noise per frame (S_churn); 0 is the deterministic sampler
-churn_min = 0.05            # noise levels below which no fresh noise is added (S_tmin)
-churn_max = 50.0            # ... and above which (S_tmax)
+churn = 0.0                 # fresh noise per frame (S_churn), at levels .05 to 50; 0 is the deterministic sampler
 context_noise = -1.0        # noise level at which the past is read; -1: half the largest of the training
 temperature = 1.0           # factor of each frame's first noise; below 1, shapes hold longer
 guidance = 1.0              # above 1: away from what a frame without a past would be; twice the evaluations
@@ -89,12 +86,9 @@ def noise_levels(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho):
     return [*ramp.tolist(), 0.0]
 
 
-def reverse_diffusion(denoise, x, levels, solver="euler", generator=None,
-                      churn=0.0, churn_min=0.0, churn_max=math.inf):
-    """From noise x at levels[0] down to levels[-1]; the last step, to 0, is an Euler step with either solver.
-
-    Heun solves the equation more accurately, but divides the denoiser's error by the next noise level: with few
-    steps, and a network that trained for minutes, Euler makes the better frames."""
+def reverse_diffusion(denoise, x, levels, solver="euler", generator=None, churn=0.0, churn_min=0.05, churn_max=50.0):
+    """From noise x at levels[0] down to levels[-1]; the last step, to 0, is an Euler step with either solver. Heun
+    is more accurate, but divides the denoiser's error by the next noise level: with few steps Euler does better."""
     for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
         if churn and churn_min <= sigma <= churn_max:
             raised = sigma * (1 + min(churn / (len(levels) - 1), math.sqrt(2) - 1))
@@ -111,13 +105,12 @@ def reverse_diffusion(denoise, x, levels, solver="euler", generator=None,
 # ---------------------------------------------------------------------------------------------------
 # The rollout: denoise a frame, read it in as the newest of the past, and so on.
 
-class Rollout:
+class Rollout(collections.abc.Iterator):
     """An endless iterator of frames b c h w in network units, after the given `clip` b t c h w (t may be 0).
 
     actions: None, or b n (..) with one entry per frame, the given ones included; the iterator ends with them.
     limits: None, or the least and the largest value that a pixel can have, c 1 1 each: a frame is clamped to them
-    before it becomes the past, as it is when shown. Frame t's noise is a function of (seed, t) alone.
-    """
+    before it becomes the past, as it is when shown. Frame t's noise is a function of (seed, t) alone."""
 
     def __init__(self, model, clip, levels, seed=0, actions=None, limits=None, context_noise=0.0, temperature=1.0,
                  guidance=1.0, **how):
@@ -128,9 +121,6 @@ class Rollout:
         self.cache, self.no_past = Cache(clip.device), Cache(clip.device)
         if clip.shape[1]:
             self.read(clip, None if actions is None else actions[:, :clip.shape[1]])
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         t = self.cache.position
@@ -148,8 +138,7 @@ class Rollout:
         return x
 
     def denoise(self, action, x, sigma):
-        """D(x, sigma) given the past; with history guidance, extrapolated from the D of a frame that has none, which
-        the model has learnt from every clip's first."""
+        """D(x, sigma) given the past; with history guidance, extrapolated from the D of a frame that has none."""
         x, sigma = x[:, None], x.new_full((len(x), 1), sigma)
         given_past = self.model.step(x, sigma, self.cache, action)[:, 0]
         if self.guidance == 1 or self.cache.position == 0:
@@ -194,15 +183,12 @@ def ema_exponent(width):
 def profile_overlap(t_a, gamma_a, t_b, gamma_b):
     """Integral of p_a p_b, p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on 0..T the weight that a snapshot taken
     at T gave to the weights of time t. In logarithms: t^gamma overflows."""
-    logs = np.log((gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)) \
-        + (gamma_a + gamma_b + 1) * np.log(np.minimum(t_a, t_b)) \
-        - (gamma_a + 1) * np.log(t_a) - (gamma_b + 1) * np.log(t_b)
-    return np.exp(logs)
+    n_a, n_b, n = gamma_a + 1, gamma_b + 1, gamma_a + gamma_b + 1
+    return np.exp(np.log(n_a * n_b / n) + n * np.log(np.minimum(t_a, t_b)) - n_a * np.log(t_a) - n_b * np.log(t_b))
 
 
 def reconstruction(steps, widths, step, width):
-    """How much of each snapshot (taken at steps[i] with widths[i]) gives the average of `width` at `step`:
-    least squares between profiles."""
+    """How much of each snapshot, of steps[i] and widths[i], gives the average of `width` at `step`: least squares."""
     t, gamma = np.asarray(steps, float), np.array([ema_exponent(w) for w in widths])
     gram = profile_overlap(t[:, None], gamma[:, None], t[None], gamma[None])
     target = profile_overlap(t, gamma, float(step), ema_exponent(width))
@@ -223,7 +209,7 @@ def reconstruct_ema(folder, step, width):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints.
 
-VERSION = 4                                                 # of checkpoints; a new one when old ones cannot be read
+VERSION = 5                                                 # of checkpoints; a new one when old ones cannot be read
 WEIGHT_KEYS = ("version", "step", "settings", "model_config", "stats", "model")          # all that sampling needs
 CHECKPOINT_KEYS = (*WEIGHT_KEYS, "optimizer", "ema", "recent")
 
@@ -254,8 +240,7 @@ def newest_checkpoint(root="out"):
 
 
 def load_model(path, width, device):
-    """(model in eval mode, checkpoint) with the weights averaged by `width`, or raw ones for 0; a file of weights has
-    only those that it was made with."""
+    """(model in eval mode, checkpoint) with the weights averaged by `width`, or raw for 0; a file to share has one."""
     state = load_file(path, WEIGHT_KEYS)
     model = Denoiser(ModelConfig(**state["model_config"]))
     weights = state["model"]
@@ -289,8 +274,8 @@ def compute_dtype(device):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Writers. They take frames as these are made, uint8 n c h w each, n samples side by side; the first `given` ones get a
-# bright border. GIFs and films are encoded frame by frame; the other formats need all frames before they can begin.
+# Writers. They take frames as these are made, uint8 n c h w each, n samples side by side; the first `given` ones
+# get a bright border. GIFs and films are encoded frame by frame; the other formats need all frames to begin.
 
 GIVEN_COLOUR, MADE_COLOUR = (255, 160, 0), (48, 48, 48)
 
@@ -302,8 +287,8 @@ def bordered(frames, given, scale):
         n, channels, h, w = frame.shape
         require(channels in (1, 3) and frame.dtype == np.uint8,
                 f"{frame.dtype} frames of {channels} channels are no pictures: use --out=NAME.npy")
-        pictures = np.empty((n, h * scale + 2 * edge, w * scale + 2 * edge, 3), np.uint8)
-        pictures[:] = GIVEN_COLOUR if t < given else MADE_COLOUR
+        size, colour = (n, h * scale + 2 * edge, w * scale + 2 * edge, 3), GIVEN_COLOUR if t < given else MADE_COLOUR
+        pictures = np.full(size, colour, np.uint8)
         pixels = rearrange(frame, "n c h w -> n h w c").repeat(scale, axis=1).repeat(scale, axis=2)
         pictures[:, edge:-edge, edge:-edge] = pixels        # one channel fills all three
         yield pictures
@@ -328,8 +313,7 @@ def write_sheet(file, frames, given, scale, fps):
 
 
 def write_gif(file, frames, given, scale, fps):
-    """An endless GIF. Its clock counts hundredths of a second: each frame ends at the nearest one, so that a rate
-    such as 30 frames per second holds over the whole."""
+    """An endless GIF. Its clock counts hundredths of a second: each frame ends at the nearest one."""
     for t, picture in enumerate(tiled(frames, given, scale)):
         picture = Image.fromarray(picture).convert("P", palette=Image.Palette.ADAPTIVE)
         if t == 0:
@@ -392,7 +376,7 @@ def roll_out(model, clips, given, frames, stats, settings, actions=None, progres
 
 def beside(clips, frames):
     """Each clip's own frame, then what was made of it: yields uint8 (b two) c h w."""
-    for true, made in zip(clips.numpy().swapaxes(0, 1), frames):
+    for true, made in zip(clips.cpu().numpy().swapaxes(0, 1), frames):
         yield rearrange([true, made], "two b c h w -> (b two) c h w")
 
 
@@ -407,9 +391,8 @@ img { image-rendering: pixelated; height: 65vh } a { color: #fa0 }</style>
 <a id="gif" href="/gif" download="play.gif">save the last frames as a GIF</a><p id="help">
 <script>
 const game = GAME, $ = id => document.getElementById(id), held = [], times = []
-const keys = {ArrowUp: 1, ArrowDown: 2, ArrowLeft: 3, ArrowRight: 4}
+const keys = Object.assign([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], {ArrowUp: 1, ArrowDown: 2, ArrowLeft: 3, ArrowRight: 4})
 let paused = false, tapped = null
-for (let i = 0; i < 10; i++) keys[i] = i
 $("help").textContent = game.sliders ? "the sliders are the actions" : game.actions
   ? `arrow keys and 0 to ${Math.min(9, game.actions - 1)} are the actions, space pauses`
   : "this model was trained without actions: it dreams on; space pauses"
@@ -469,28 +452,25 @@ class Game:
         require(not stats.get("latent"), "--play shows pictures, and this model makes latents")
         self.device, self.lock = device, threading.Lock()
         self.player, self.seen, self.number = None, -math.inf, cfg.first_clip
-        self.last = collections.deque(maxlen=300)           # frames that a GIF shows
         self.restart()
 
     def restart(self):
         """Begins anew from the next clip's first frames."""
-        clips, actions = load_batch(self.source, [self.number])
-        self.number, clips = self.number + 1, clips[:, :self.cfg.context].to(self.device)
+        clips, actions = load_batch(self.source, [self.number], self.device)
+        self.number, clips = self.number + 1, clips[:, :self.cfg.context]
         self.continuous = actions is not None and actions.is_floating_point()
-        given = None if actions is None else actions[:, :self.cfg.context].to(self.device)
+        given = None if actions is None else actions[:, :self.cfg.context]
         self.rollout = start_rollout(self.model, clips, self.stats, self.settings, given)
-        self.last.clear()
-        self.last.extend(clips.cpu().numpy().swapaxes(0, 1) if self.cfg.context else
-                         [np.zeros((1, *self.source.shape), np.uint8)])
+        shown = clips.cpu().numpy().swapaxes(0, 1) if len(clips[0]) else [np.zeros((1, *self.source.shape), np.uint8)]
+        self.last = collections.deque(shown, maxlen=300)    # frames that a GIF shows
 
     def page(self):
         """The page, for a new player."""
         if time.monotonic() - self.seen < 5:
             raise Refused(409, BUSY, "text/html")
         self.player, self.seen = secrets.token_urlsafe(), time.monotonic()
-        actions = self.model.cfg.action_dim
-        game = dict(player=self.player, fps=self.cfg.fps, actions=0 if self.continuous else actions,
-                    sliders=actions if self.continuous else 0)
+        game = {"player": self.player, "fps": self.cfg.fps, "actions": 0, "sliders": 0,
+                "sliders" if self.continuous else "actions": self.model.cfg.action_dim}
         return PAGE.replace("GAME", json.dumps(game)).encode()
 
     def read_action(self, action):
@@ -538,8 +518,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         game, frame, status = self.server.game, "", 200
         try:
-            self.check_origin()
-            request = self.read_request() if self.command == "POST" else None
+            request = self.read_request()
             with game.lock:
                 if request is not None:
                     kind, (body, frame) = "image/png", game.play(request)
@@ -560,15 +539,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_POST = do_GET
 
-    def check_origin(self):
+    def read_request(self):
+        """What a page has posted, a dict; of GET None."""
         hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
         if host not in hosts or origin not in (None, f"http://{host}"):
             raise Refused(403, f"only pages of http://{hosts[0]} are answered", "text/plain")
         if self.path not in ("/", "/gif"):
             raise Refused(404, "there is / and /gif", "text/plain")
-
-    def read_request(self):
+        if self.command == "GET":
+            return None
         size = self.headers.get("Content-Length", "")
         if not (size.isascii() and size.isdecimal() and int(size) <= 4096):
             raise Refused(413, "expected up to 4096 bytes of JSON", "text/plain")
@@ -629,9 +609,9 @@ def read_actions(text, frames, samples, action_dim):
 
 def rollout_settings(cfg):
     """What `Rollout` takes beyond the model and the clip."""
-    levels = noise_levels(cfg.steps, cfg.sigma_min, cfg.sigma_max, cfg.rho)
-    names = ("seed", "context_noise", "temperature", "guidance", "solver", "churn", "churn_min", "churn_max")
-    return {"levels": levels, **{name: getattr(cfg, name) for name in names}}
+    names = ("seed", "context_noise", "temperature", "guidance", "solver", "churn")
+    settings = {name: getattr(cfg, name) for name in names}
+    return settings | {"levels": noise_levels(cfg.steps, cfg.sigma_min, cfg.sigma_max, cfg.rho)}
 
 
 def check_settings(cfg):
@@ -641,9 +621,8 @@ def check_settings(cfg):
         require(getattr(cfg, name) >= least, f"--{name}={getattr(cfg, name)}: must be at least {least}")
     for name, choices in (("solver", ("euler", "heun")), ("precision", ("bfloat16", "float32"))):
         require(getattr(cfg, name) in choices, f"--{name}={getattr(cfg, name)}: choose {' or '.join(choices)}")
-    require(0 < cfg.sigma_min < cfg.sigma_max and cfg.rho > 0,
-            f"--sigma_min={cfg.sigma_min} --sigma_max={cfg.sigma_max} --rho={cfg.rho}: must be above 0, and sigma_min "
-            "below sigma_max")
+    require(0 < cfg.sigma_min < cfg.sigma_max and cfg.rho > 0, f"--sigma_min={cfg.sigma_min} "
+            f"--sigma_max={cfg.sigma_max} --rho={cfg.rho}: must be above 0, and sigma_min below sigma_max")
     require(0 <= cfg.ema <= 0.25, f"--ema={cfg.ema}: a width is above 0 and at most 0.25; 0 takes the raw weights")
     require(not (cfg.prompt and (cfg.truth or cfg.play)),
             f"--truth and --play need clips of the data: they cannot be used with --prompt={cfg.prompt}")
@@ -674,9 +653,8 @@ def inputs(cfg, model, state):
     if cfg.actions:
         return clips, read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim)
     if actions is None and model.cfg.action_dim:
-        require(state["settings"]["action_dropout"],
-                f"--prompt={cfg.prompt} has no actions, and this model needs them: give --actions, or train it with "
-                "action_dropout")
+        require(state["settings"]["action_dropout"], f"--prompt={cfg.prompt} has no actions, and this model needs "
+                                                     "them: give --actions, or train it with action_dropout")
         print("no --actions given: the model is told none")
         actions = torch.full((cfg.samples, cfg.frames), -1)
     return clips, actions
@@ -700,9 +678,9 @@ def main(cfg):
         print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")
     if cfg.play:
         return serve(Game(model, open_data(cfg, state), state["stats"], cfg, rollout_settings(cfg), device), cfg.port)
-    clips, actions = inputs(cfg, model, state)
-    frames = roll_out(model, clips.to(device), cfg.context, cfg.frames, state["stats"], rollout_settings(cfg),
-                      None if actions is None else actions.to(device), progress=True, stop=(stop := []))
+    clips, actions = (None if part is None else part.to(device) for part in inputs(cfg, model, state))
+    frames = roll_out(model, clips, cfg.context, cfg.frames, state["stats"], rollout_settings(cfg), actions,
+                      progress=True, stop=(stop := []))
     for number in (signal.SIGINT, signal.SIGTERM):          # what has been made is written; a second one ends at once
         signal.signal(number, lambda number, _: sys.exit(128 + number) if stop else stop.append(number))
     count = itertools.count()

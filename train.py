@@ -29,15 +29,14 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import sample
-from config import UserError
+from config import UserError, require
 from config import run as run_script
-from data import Batches, load_batch, measure, open_source, replacing, require, to_network
+from data import Batches, load_batch, measure, open_source, replacing, to_network
 from model import Denoiser, ModelConfig
 
 # -- output
 out_dir = "out/mnist"           # checkpoints, log.jsonl and pictures go here
-init_from = "auto"              # auto: go on from out_dir's checkpoint, if there is one; changed: also if settings
-                                # differ from that run's; scratch: start anew, where there is none
+init_from = "auto"              # auto: go on from out_dir's checkpoint; changed: with other settings too; scratch: anew
 tensorboard = False             # write the log for TensorBoard too
 log_interval = 20               # optimizer steps between lines in log.jsonl
 eval_interval = 500             # optimizer steps between evaluations, each with a picture; 0: never
@@ -117,8 +116,7 @@ def start_processes(cfg):
         torch.cuda.set_device(device)
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":           # several nodes may count their restarts differently
-        # After a restart torchrun's own store still holds the addresses of the processes that ended.
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)       # the old one has old addresses
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
     return device, rank, world_size
 
@@ -160,7 +158,6 @@ def draw_noise(samples, copies, shape, cfg, device):
 
 def clean_and_noised(clips, sigma, noise, context_sigma=None, context_noise=None):
     """The sequence of a training pass: x b (1 + r) t c h w and the noise level of each of its frames b (1 + r) t.
-
     clips: b t c h w; sigma: b r t; noise: b r t c h w; context noise: its level b and itself, or None."""
     noised = clips[:, None] + sigma[..., None, None, None] * noise
     clean, clean_sigma = clips, torch.zeros_like(sigma[:, 0])
@@ -288,34 +285,24 @@ def error_table(model, source, stats, cfg, device, rank=0, world_size=1):
     total, count = torch.zeros(len(sigmas), source.frames, device=device), torch.zeros([], device=device)
     for first in range(rank * 8, cfg.eval_clips, world_size * 8):                        # 8 clips at a time
         numbers = range(first, min(first + 8, cfg.eval_clips))
-        clips, actions = load_batch(source, numbers)
-        clips = to_network(clips.to(device), stats, cfg.sigma_data)
+        clips, actions = load_batch(source, numbers, device)
+        clips = to_network(clips, stats, cfg.sigma_data)
         generators = [sample.seeded(device, cfg.seed, number, 1) for number in numbers]
         eps = torch.stack([torch.randn(len(sigmas), *clips.shape[1:], generator=g, device=device) for g in generators])
         sigma = sigmas[None, :, None].expand(eps.shape[:3])
-        denoised, _ = model(*clean_and_noised(clips, sigma, eps), None if actions is None else actions.to(device))
+        denoised, _ = model(*clean_and_noised(clips, sigma, eps), actions)
         total += (denoised - clips[:, None]).square().mean(dim=(-3, -2, -1)).sum(0)
         count += len(numbers)
     error = sum_over_ranks(total) / sum_over_ranks(count) / cfg.sigma_data ** 2
     return torch.stack([error[:, 0], error[:, cfg.eval_context:].mean(1)], dim=1).tolist()
 
 
-def format_table(step, errors, cfg):
-    """The error table in words."""
-    return "\n".join([f"step {step}: denoising error on held-out clips, as a fraction of the data variance",
-                      "  sigma             " + "".join(f"{sigma:>8g}" for sigma in cfg.eval_sigmas),
-                      "  first frame       " + "".join(f"{first:8.3f}" for first, _ in errors),
-                      f"  {cfg.eval_context}+ given frames   " + "".join(f"{later:8.3f}" for _, later in errors)])
-
-
 def draw_picture(path, model, source, stats, cfg, device):
     """Held-out clips, each above a rollout from its first frames."""
-    clips, actions = load_batch(source, range(4))
-    length = min(cfg.picture_frames, source.frames)
-    settings = {"levels": sample.noise_levels(cfg.picture_steps), "seed": cfg.seed,
-                "context_noise": cfg.context_noise / 2}
-    made = sample.roll_out(model, clips.to(device), cfg.eval_context, length, stats, settings,
-                           None if actions is None else actions.to(device))
+    clips, actions = load_batch(source, range(4), device)
+    length, levels = min(cfg.picture_frames, source.frames), sample.noise_levels(cfg.picture_steps)
+    settings = {"levels": levels, "seed": cfg.seed, "context_noise": cfg.context_noise / 2}
+    made = sample.roll_out(model, clips, cfg.eval_context, length, stats, settings, actions)
     sample.write(path, sample.beside(clips, made), cfg.eval_context, scale=2)
 
 
@@ -364,27 +351,8 @@ def dispensable(what):
 
 
 def finite(value):
-    """`value` with null for numbers that are not finite, at any depth: NaN is no JSON."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def lines_until(path, step):
-    """The lines of a log up to `step`, if it is above 0, without one that was cut off."""
-    for line in path.read_text().splitlines() if step and path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                yield line + "\n"
-
-
-def open_tensorboard(folder):
-    require(importlib.util.find_spec("tensorboard"),
-            "tensorboard=True: TensorBoard is not installed: pip install tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(folder)
+    """`value` as JSON has it, with null for numbers that are not finite: NaN is no JSON."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def draw_log(folder):
@@ -423,40 +391,21 @@ def check_settings(cfg):
         require(getattr(cfg, name) > cfg.eval_context,
                 f"{name}={getattr(cfg, name)}: must be more than eval_context={cfg.eval_context}")
     require(not (cfg.shard and cfg.compile), "shard=True and compile=True have not been made to work together: set one")
+    require(not cfg.shard or "RANK" in os.environ, "shard=True shards over the processes that torchrun starts, and "
+                                                   "there is only this one: use torchrun, or leave it out")
+    require(not cfg.tensorboard or importlib.util.find_spec("tensorboard"),
+            "tensorboard=True: TensorBoard is not installed: pip install tensorboard")
     require(cfg.ema_widths, "ema_widths is empty: give at least one width, for example --ema_widths=0.05")
-
-
-def open_sources(cfg, rank):
-    """(training source, held-out source); rank 0 comes first, alone, as it may download."""
-    if rank > 0:
-        dist.barrier()
-    sources = open_source(cfg, "train"), open_source(cfg, "val")
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-    return sources
 
 
 def build_model(cfg, source, device):
     fields = {name: getattr(cfg, name) for name in ModelConfig.__dataclass_fields__ if hasattr(cfg, name)}
-    try:
-        return Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim, **fields)).to(device)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def shard_model(model):
-    """Every process keeps its part of each block's weights, and gathers the rest while the block runs (FSDP)."""
-    require(dist.is_initialized(), "shard=True shards over the processes that torchrun starts, and there is only this "
-                                   "one: use torchrun, or leave it out")
-    for block in (*model.unet.encoder, *model.unet.middle, *model.unet.decoder):
-        fully_shard(block)
-    fully_shard(model)
+    return Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim, **fields)).to(device)
 
 
 def compiled(model):
-    """The model, its UNet compiled for the shapes of this run; blocks share their code, and each is one more
-    compilation of it."""
-    torch._dynamo.config.recompile_limit = 64
+    """The model, its UNet compiled for the shapes of this run."""
+    torch._dynamo.config.recompile_limit = 64               # blocks share code; each is one more compilation of it
     model.unet.compile(dynamic=False)
     return model
 
@@ -466,13 +415,18 @@ class Run:
         check_settings(cfg)
         self.cfg, self.folder, self.path = cfg, Path(cfg.out_dir), Path(cfg.out_dir, "checkpoint.pt")
         self.device, self.rank, self.world_size = start_processes(cfg)
-        self.source, self.held_out = open_sources(cfg, self.rank)
+        if self.rank > 0:                                   # the first process comes first, alone: it may download
+            dist.barrier()
+        self.source, self.held_out = open_source(cfg, "train"), open_source(cfg, "val")
+        if self.rank == 0 and dist.is_initialized():
+            dist.barrier()
         self.stats = measure(self.source)
         torch.manual_seed(cfg.seed)
         self.model = build_model(cfg, self.source, self.device)
         self.model.dtype = sample.compute_dtype(self.device)
-        if cfg.shard:
-            shard_model(self.model)
+        if cfg.shard:                                       # a block's weights are gathered while it runs (FSDP)
+            for block in (*self.model.unet.encoder, *self.model.unet.middle, *self.model.unet.decoder, self.model):
+                fully_shard(block)
         self.optimizer = make_optimizer(self.model, cfg)
         self.ema = PowerEMA(self.model, cfg.ema_widths)
         self.step, self.recent = 0, []                      # steps done; losses since the last line of the log
@@ -481,7 +435,10 @@ class Run:
         self.network = compiled(self.model) if cfg.compile else self.model
         if self.world_size > 1 and not cfg.shard:
             self.network = DistributedDataParallel(self.network, broadcast_buffers=False)    # they never change
-        self.board = open_tensorboard(self.folder) if cfg.tensorboard and self.rank == 0 else None
+        self.board = None
+        if cfg.tensorboard and self.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(self.folder)
         self.start_log()
 
     def resume(self, path):
@@ -526,9 +483,12 @@ class Run:
         """Rank 0 drops what the log says of later steps, and says what is trained."""
         if self.rank > 0:
             return
-        path, origin = self.folder / "log.jsonl", self.source.origin
+        path, origin, kept = self.folder / "log.jsonl", self.source.origin, []
+        for line in path.read_text().splitlines() if self.step and path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):                             # of a line that was cut off
+                kept += [f"{line}\n"] if json.loads(line)["step"] <= self.step else []
         with replacing(path) as temporary:
-            temporary.write_text("".join(lines_until(path, self.step)))
+            temporary.write_text("".join(kept))
         count = sum(p.numel() for p in self.model.parameters())
         print(f"{count / 1e6:.2f} million parameters on {self.world_size} x {self.device}; {origin}", flush=True)
         if self.step == 0:
@@ -546,11 +506,10 @@ class Run:
     def save(self):
         """Everything that resuming and sampling need, in checkpoint.pt; every `checkpoint_interval` steps the
         averages too, in a file of their own, for reconstructing other widths."""
-        state = {"version": sample.VERSION, "step": self.step, "settings": vars(self.cfg),
-                 "model_config": asdict(self.model.cfg), "stats": self.stats,
-                 "origin": self.source.origin, "recent": self.recent,
-                 **whole({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                          "ema": self.ema.averages})}
+        state = {"version": sample.VERSION, "step": self.step, "settings": vars(self.cfg), "stats": self.stats,
+                 "model_config": asdict(self.model.cfg), "origin": self.source.origin, "recent": self.recent,
+                 "model": whole(self.model.state_dict()), "optimizer": whole(self.optimizer.state_dict()),
+                 "ema": whole(self.ema.averages)}
         if self.rank > 0:
             return
         self.writer.wait()
@@ -571,7 +530,10 @@ class Run:
         model = averaged_model(Denoiser(self.model.cfg), self.model, average, self.device)
         errors = error_table(model, self.held_out, self.stats, cfg, self.device, self.rank, self.world_size)
         if self.rank == 0:
-            tqdm.write(format_table(self.step, errors, cfg))
+            tqdm.write(f"step {self.step}: denoising error on held-out clips, as a fraction of the data variance\n"
+                       f"  sigma             {''.join(f'{sigma:>8g}' for sigma in cfg.eval_sigmas)}\n"
+                       f"  first frame       {''.join(f'{first:8.3f}' for first, _ in errors)}\n"
+                       f"  {cfg.eval_context}+ given frames   {''.join(f'{later:8.3f}' for _, later in errors)}")
             self.log(step=self.step, sigmas=list(cfg.eval_sigmas), first_and_later_error=errors)
             with dispensable("the log's picture"):
                 draw_log(self.folder)
@@ -594,13 +556,6 @@ def ask_to_stop(stop):
         signal.signal(number, handler)
 
 
-def exchange_of_gradients(network, wanted):
-    """A block within which a backward pass averages the gradients over all processes, or leaves that for later."""
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(wanted)
-    return contextlib.nullcontext() if wanted or not hasattr(network, "no_sync") else network.no_sync()
-
-
 def gradients(network, batches, cfg, stats, device):
     """One optimizer step's gradients, over its micro-batches; returns its mean loss."""
     total = 0.0
@@ -609,7 +564,10 @@ def gradients(network, batches, cfg, stats, device):
         clips = to_network(clips, stats, cfg.sigma_data)
         actions = hide_actions(actions, samples, cfg) if cfg.action_dropout and actions is not None else actions
         noise = draw_noise(samples, cfg.noised_copies, clips.shape[1:], cfg, device)
-        with exchange_of_gradients(network, micro == cfg.accumulate - 1):                # once per optimizer step
+        last = micro == cfg.accumulate - 1                  # then processes exchange gradients: once per optimizer step
+        if isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(last)
+        with network.no_sync() if not last and hasattr(network, "no_sync") else contextlib.nullcontext():
             loss = loss_of(network, clips, actions, noise, cfg) / cfg.accumulate
             loss.backward()
         total += loss.detach()

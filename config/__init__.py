@@ -20,6 +20,11 @@ class UserError(ValueError):
     """Something the user can mend; its text is the whole message."""
 
 
+def require(condition, message, kind=UserError):
+    if not condition:
+        raise kind(message)
+
+
 def plain_settings(names):
     """Without modules, functions, _private names and CONSTANTS."""
     return {key: value for key, value in names.items() if not key.startswith("_") and not key.isupper()

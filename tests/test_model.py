@@ -113,7 +113,7 @@ def visible(s, t, reach):
 
 def rotated(x, start):
     positions = start + torch.arange(x.shape[-4])
-    return m.rotate(x, *m.rotation(positions, m.rotary_table(x.shape[-1] // 2), x.dtype))
+    return m.rotate(x, *m.rotation(positions, x.shape[-1] // 2, x.dtype))
 
 
 def attention_inputs(s, t, p, heads=2, d=16, b=2, device="cpu", dtype=torch.float32):
@@ -249,7 +249,7 @@ def test_clean_frames_go_no_further_than_the_last_layer_that_mixes_time():
     assert dropped == [False] * (len(denoiser.unet.encoder) + 1) + [True] * (1 + len(after))
     frames = []
     for block in (first, last, *after):
-        block.residual.conv1.register_forward_hook(lambda _, inputs, __: frames.append(len(inputs[0])))
+        block.conv1.register_forward_hook(lambda _, inputs, __: frames.append(len(inputs[0])))
     denoiser.read(x[:, 0], sigma[:, 0], Cache())
     assert frames == [x[:, 0].shape[:2].numel(), 0]
 
