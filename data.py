@@ -7,6 +7,7 @@
 A source has `clip(index)`, `frames`, `shape`, `action_dim` and `origin`. Clip `index` is a pure function of
 (seed, split, index): it depends neither on what was drawn before nor on how many processes draw.
 """
+import collections
 import contextlib
 import functools
 import gzip
@@ -24,6 +25,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from http.client import HTTPException
 from pathlib import Path
 
@@ -376,8 +378,10 @@ def read_pictures(path):
     with Image.open(path) as pictures:
         milliseconds = 0
         for picture in ImageSequence.Iterator(pictures):
-            yield milliseconds / 1000 if path.suffix.lower() == ".gif" else None, np.asarray(picture.convert("RGB"))
-            milliseconds += picture.info.get("duration", 100)
+            require(not picture.mode.startswith(("I", "F")), f"{path} has more than 8 bits a channel", Unusable)
+            upright = ImageOps.exif_transpose(picture).convert("RGB")
+            yield milliseconds / 1000 if path.suffix.lower() == ".gif" else None, np.asarray(upright)
+            milliseconds += picture.info.get("duration") or 100         # what players make of none
 
 
 def read_film(path):
@@ -387,7 +391,14 @@ def read_film(path):
     with av.open(str(path)) as film:
         require(film.streams.video, f"{path} has no video", Unusable)
         for frame in film.decode(video=0):
-            yield frame.time, frame.to_ndarray(format="rgb24")
+            yield frame.time, np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)      # as players show it
+
+
+def pictures_in(folder):
+    """Its pictures, 2.png before 10.png."""
+    def numbers(path):
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+    return sorted((path for path in folder.iterdir() if path.suffix.lower() in PICTURES), key=numbers)
 
 
 def decode(path):
@@ -397,11 +408,8 @@ def decode(path):
     require(path.exists(), f"there is no file {path}", Unusable)
     with reading(path):
         if path.is_dir():
-            pictures = [file for file in path.iterdir() if file.suffix.lower() in PICTURES]
-            require(pictures, f"{path} is a folder without pictures", Unusable)
-            numbered = {file: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
-                        for file in pictures}               # so that 2.png comes before 10.png
-            for file in sorted(pictures, key=numbered.get):
+            require(pictures := pictures_in(path), f"{path} is a folder without pictures", Unusable)
+            for file in pictures:
                 yield from read_pictures(file)
         elif kind in ARRAYS:
             yield from ((None, frame) for frame in read_array(path))
@@ -436,9 +444,14 @@ def at_rate(timed, fps):
         yield on
 
 
+def actions_beside(path):
+    """clip.actions.npy beside clip.mp4 or beside the folder clip."""
+    return path.with_name(f"{path.name if path.is_dir() else path.stem}.actions.npy")
+
+
 def with_actions(timed, path):
-    """(seconds, (frame, action)) of (seconds, frame): the rows of clip.actions.npy beside clip.mp4, else None."""
-    beside = path.with_name(f"{path.stem}.actions.npy")
+    """(seconds, (frame, action)) of (seconds, frame): the rows of the actions beside the source, else None."""
+    beside = actions_beside(path)
     if not beside.exists():
         yield from ((seconds, (frame, None)) for seconds, frame in timed)
         return
@@ -471,6 +484,8 @@ def find_sources(folder):
                 found.add(where)
             elif path.suffix.lower() in (".gif", *ARRAYS, *FILMS) and not path.name.endswith(".actions.npy"):
                 found.add(path)
+            elif Path(folder, path).is_dir() and Path(folder, path).is_symlink():
+                print(f"left out: {path} is a link to a folder: give the folder itself as --src", flush=True)
     return sorted(map(str, found))
 
 
@@ -497,19 +512,19 @@ def play_episode(cfg, number):
 
 def write_frames(path, pairs, cfg):
     """Writes frames one by one, as they will be trained on. Returns their actions, and a record of what they are."""
-    actions, shape, total = [], None, 0
+    actions, shape, total, name = [], None, 0, path.relative_to(Path(cfg.out, "clips")).with_suffix("")
     with replacing(path) as temporary, open(temporary, "wb") as file:
         for frame, action in pairs:
             size = (cfg.channels, cfg.size, cfg.size) if frame.dtype == np.uint8 else frame.shape
             frame = fit(frame, size, cfg.letterbox)
             shape = shape or frame.shape
-            require(frame.shape == shape and np.isfinite(frame).all(), f"{path.stem}: frame {len(actions) + 1} is "
+            require(frame.shape == shape and np.isfinite(frame).all(), f"{name}: frame {len(actions) + 1} is "
                     f"{frame.shape} after {shape}, or not finite", Unusable)
             file.write(frame.tobytes())
             actions.append(action)
             total = total + np.array(moments(frame[None]))
         count, least = len(actions), cfg.min_frames
-        require(count >= least, f"{path.stem}: {count} frames, fewer than min_frames={least}", Unusable)
+        require(count >= least, f"{name}: {count} frames, fewer than min_frames={least}", Unusable)
     mean, square = (total / count).tolist()
     return actions, dict(frames=count, shape=shape, dtype=frame.dtype.name, mean=mean, square=square)
 
@@ -527,9 +542,9 @@ def write_actions(path, actions):
 
 def prepare_source(cfg, name):
     """Stores the frames of one source, unless this was done. Returns why it is unusable, or None."""
-    target, path = Path(cfg.out, "clips", f"{name}.raw"), Path(cfg.src, name)
+    target, path = Path(cfg.out, "clips", f"{name}.raw"), Path(cfg.src, name).absolute()
     beside = {suffix: target.with_suffix(suffix) for suffix in (".json", ".actions.npy")}
-    sources = [path, path.with_suffix(".actions.npy")] if cfg.src else []
+    sources = [*(pictures_in(path) if path.is_dir() else [path]), actions_beside(path)] if cfg.src else []
     made_of = [[file.stat().st_size, file.stat().st_mtime_ns] for file in sources if file.exists()]
     if beside[".json"].exists() and read_json(beside[".json"])["made_of"] == made_of and target.exists():
         return None
@@ -552,17 +567,21 @@ def read_json(path):
 
 def held_out(names, share):
     """At least one of the names, never all: those whose hash is low, so that a set which grows keeps its split."""
-    draw = {name: int(hashlib.md5(name.encode(), usedforsecurity=False).hexdigest(), 16) / 2 ** 128 for name in names}
+    draw = {name: int(hashlib.md5(os.fsencode(name), usedforsecurity=False).hexdigest(), 16) / 2 ** 128
+            for name in names}
     count = max(1, sum(drawn < share for drawn in draw.values()))
     return sorted(names, key=draw.get)[:min(count, len(names) - 1)]
 
 
 def combine(records, share, left_out):
-    """What training looks up, out of the records of all clips that are like the first."""
+    """What training looks up, out of the records of all clips of the kind that most are of."""
     kinds = {record["name"]: (record["dtype"], *record["shape"]) for record in records}
-    kind = kinds[first := records[0]["name"]]
-    left_out |= {name: f"{other} unlike {kind} of {first}" for name, other in kinds.items() if other != kind}
-    records = [record for record in records if record["name"] not in left_out]
+    kind, count = collections.Counter(kinds.values()).most_common(1)[0]
+    unlike = {name: f"{name}: {other}, unlike {kind} of {count} others"
+              for name, other in kinds.items() if other != kind}
+    for reason in unlike.values():
+        print(f"left out: {reason}", flush=True)
+    left_out, records = left_out | unlike, [record for record in records if record["name"] not in unlike]
     acted = [record for record in records if record["action_dim"]]
     require(len({"discrete" if record["discrete"] else record["action_dim"] for record in acted}) < 2,
             "some clips have discrete actions and others vectors, or vectors of several lengths")
@@ -579,6 +598,7 @@ def combine(records, share, left_out):
 def check_prepare(cfg):
     """UserError for settings that cannot work, and for a folder prepared with others."""
     require(not (cfg.src and cfg.env), "give --src (files) or --env (a gymnasium environment), not both")
+    require(math.isfinite(cfg.fps), f"--fps={cfg.fps}: a finite number")
     least = dict(size=1, fps=0, episodes=1, max_frames=2, min_frames=2, workers=0, seed=0)
     for name, value in least.items():
         require(getattr(cfg, name) >= value, f"--{name}={getattr(cfg, name)}: set {value} or more")
@@ -588,11 +608,13 @@ def check_prepare(cfg):
     require(not cfg.env or importlib.util.find_spec("gymnasium"),
             f"--env={cfg.env}: gymnasium, which runs environments, is not installed: pip install gymnasium")
     meta, made_with = Path(cfg.out, "meta.json"), {name: getattr(cfg, name) for name in MADE_WITH}
-    if not meta.exists():
+    before = read_json(meta).get("made_with") if meta.exists() else {}
+    require(before is not None, f"{meta} is not of this program: choose another --out")
+    changed = [f"{name} was {old}, now {made_with[name]}" for name, old in before.items() if made_with[name] != old]
+    if not any(Path(cfg.out).glob("clips/**/*.json")):      # nothing was prepared with them
+        changed = []
         with replacing(meta) as temporary:
             temporary.write_text(json.dumps(dict(made_with=made_with, train=[], val=[])))
-    changed = [f"{name} was {old}, now {made_with[name]}" for name, old in read_json(meta)["made_with"].items()
-               if made_with[name] != old]
     require(not changed, f"{cfg.out} was prepared with other settings ({'; '.join(changed)}): choose another --out")
 
 
@@ -607,13 +629,17 @@ def in_processes(cfg, names):
             if reason := job.result():
                 left_out[jobs[job]] = reason
                 tqdm.write(f"left out: {reason}")
+    except BrokenProcessPool as error:
+        raise UserError("a process that prepared clips was killed, perhaps for want of memory; what is finished is "
+                        "kept: run the same again, with fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)                  # what has begun is finished, and kept
     return left_out
 
 
 def prepare(cfg):
-    """Clips of all sources into cfg.out, beside those that are there; what was done before is not done again."""
+    """Clips of all sources into cfg.out; what was done before is not done again. What has left the source since is
+    not forgotten on the disk, but no part of the set: if it was only moved, it would be in it twice."""
     check_prepare(cfg)
     folder = Path(cfg.out)
     names = [f"{number:06d}" for number in range(cfg.episodes)] if cfg.env else find_sources(cfg.src)
@@ -622,6 +648,10 @@ def prepare(cfg):
         print(f"{len(timeless)} sources have no clock: all their frames are kept, whatever fps", flush=True)
     left_out = in_processes(cfg, names)
     records = [read_json(path) for path in sorted(folder.glob("clips/**/*.json"))]
+    gone = [record["name"] for record in records if record["name"] not in names]
+    if gone:
+        print(f"{len(gone)} clips of before, such as {gone[0]}, are no longer there: left out", flush=True)
+    records = [record for record in records if record["name"] not in {*gone, *left_out}]
     require(records, f"nothing in {cfg.src or cfg.env} was usable")
     meta = read_json(folder / "meta.json") | combine(records, cfg.val_share, left_out)
     if cfg.env and meta["discrete"]:                        # some actions may never have been drawn

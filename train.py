@@ -346,8 +346,8 @@ def dispensable(what):
     """A block that writes something which a run can do without: if it fails, that is told, and training goes on."""
     try:
         yield
-    except (OSError, UserError) as error:
-        print(f"\n{what}: {error}; training goes on", flush=True)
+    except Exception as error:
+        print(f"\n{what}: {error or repr(error)}; training goes on", flush=True)
 
 
 def finite(value):
@@ -355,13 +355,21 @@ def finite(value):
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
+def read_log(path):
+    """The entries of a log, if there is one, without lines that were cut off."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
 def draw_log(folder):
     """log.png: what log.jsonl says, over the steps. Nothing without matplotlib."""
     if not importlib.util.find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    entries = list(read_log(folder / "log.jsonl"))
     losses, tables = ([entry for entry in entries if key in entry] for key in ("loss", "sigmas"))
+    tables = [entry for entry in tables if entry["sigmas"] == tables[-1]["sigmas"]]     # a run may go on with others
     figure = Figure((13, 7), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True).flat
     for axis, name in zip(axes[:4], ("loss", "lr", "grad_norm", "frames_per_second")):
@@ -382,8 +390,18 @@ def draw_log(folder):
 
 def check_settings(cfg):
     """UserError for what would otherwise fail late, or silently do nothing."""
-    for name in ("max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval"):
-        require(getattr(cfg, name) >= 1, f"{name}={getattr(cfg, name)}: must be at least 1")
+    for least, names in ((1, ("max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval",
+                              "channels", "patch_size", "accumulate", "max_skipped", "ref_steps", "picture_steps")),
+                         (0, ("seed", "eval_interval", "eval_context", "context_noise", "action_dropout", "dropout"))):
+        for name in names:
+            require(getattr(cfg, name) >= least, f"{name}={getattr(cfg, name)}: must be at least {least}")
+    for name in ("grad_clip", "sigma_data", "lr"):
+        require(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)}: must be above 0; grad_clip=inf clips nothing")
+    for name in ("eval_sigmas", "ema_widths", "channel_mults"):
+        require(getattr(cfg, name) and min(getattr(cfg, name)) > 0, f"{name}={getattr(cfg, name)}: give one or more "
+                                                                    "numbers above 0")
+    require(max(cfg.ema_widths) <= 0.25, f"ema_widths={cfg.ema_widths}: shares of the run, at most 0.25")
+    require(max(cfg.dropout, cfg.action_dropout) <= 1, "dropout and action_dropout are shares, at most 1")
     for name, choices in (("init_from", ("auto", "changed", "scratch")), ("decay", ("linear", "sqrt")),
                           ("optimizer", ("muon", "adam"))):
         require(getattr(cfg, name) in choices, f"{name}={getattr(cfg, name)!r}: choose {' or '.join(choices)}")
@@ -395,7 +413,6 @@ def check_settings(cfg):
                                                    "there is only this one: use torchrun, or leave it out")
     require(not cfg.tensorboard or importlib.util.find_spec("tensorboard"),
             "tensorboard=True: TensorBoard is not installed: pip install tensorboard")
-    require(cfg.ema_widths, "ema_widths is empty: give at least one width, for example --ema_widths=0.05")
 
 
 def build_model(cfg, source, device):
@@ -466,7 +483,9 @@ class Run:
         try:
             self.model.load_state_dict({name: like(own.get(name), x) for name, x in state["model"].items()})
         except RuntimeError as error:
-            raise UserError(f"{path} is of another network: {'; '.join(changed)}") from error
+            before, now = state["model_config"], asdict(self.model.cfg)
+            other = "; ".join(f"{key} was {before[key]!r}, now {now[key]!r}" for key in now if before[key] != now[key])
+            raise UserError(f"{path} is of another network: {other or error}") from error
         parameters = [*self.model.parameters()]             # an optimizer's state is numbered like them
         for number, moments in state["optimizer"]["state"].items():
             moments.update({key: like(parameters[number], x) for key, x in moments.items()})
@@ -475,7 +494,7 @@ class Run:
         self.ema.load(state["ema"])
         if changed and self.rank == 0:
             print(f"going on with other settings: {'; '.join(changed)}", flush=True)
-        self.step, self.recent = state["step"], state["recent"]
+        self.step, self.recent, self.stats = state["step"], state["recent"], state["stats"]
         if self.rank == 0:
             print(f"resuming {path} at step {self.step} of {self.cfg.max_steps}", flush=True)
 
@@ -483,12 +502,10 @@ class Run:
         """Rank 0 drops what the log says of later steps, and says what is trained."""
         if self.rank > 0:
             return
-        path, origin, kept = self.folder / "log.jsonl", self.source.origin, []
-        for line in path.read_text().splitlines() if self.step and path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):                             # of a line that was cut off
-                kept += [f"{line}\n"] if json.loads(line)["step"] <= self.step else []
+        path, origin = self.folder / "log.jsonl", self.source.origin
+        kept = [entry for entry in read_log(path) if self.step and entry["step"] <= self.step]
         with replacing(path) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         count = sum(p.numel() for p in self.model.parameters())
         print(f"{count / 1e6:.2f} million parameters on {self.world_size} x {self.device}; {origin}", flush=True)
         if self.step == 0:
@@ -593,7 +610,7 @@ def optimizer_step(model, optimizer, step, cfg):
 def train(run, batches, bar, stop):
     """Steps until the end, or until any process was asked to stop."""
     cfg, began, skipped = run.cfg, time.perf_counter(), 0
-    frames = cfg.log_interval * cfg.batch_size * cfg.noised_copies * run.source.frames
+    frames, steps = cfg.batch_size * cfg.noised_copies * run.source.frames, 0             # of a step; since `began`
     while run.step < cfg.max_steps and not sum_over_ranks(torch.tensor(len(stop), device=run.device)):
         if cfg.dropout:
             torch.manual_seed(cfg.seed + run.step * run.world_size + run.rank)
@@ -602,7 +619,7 @@ def train(run, batches, bar, stop):
         skipped = 0 if math.isfinite(norm) else skipped + 1
         require(skipped != cfg.max_skipped, f"step {run.step}: {skipped} gradients in a row were not finite; "
                                             f"{run.path} is of before. Lower lr, or look at the clips named above")
-        run.step += 1
+        run.step, steps = run.step + 1, steps + 1
         run.ema.update(run.step)
         run.recent.append((sum_over_ranks(loss) / run.world_size).item())
         bar.update()
@@ -610,8 +627,8 @@ def train(run, batches, bar, stop):
             mean, seconds = sum(run.recent) / len(run.recent), time.perf_counter() - began
             bar.set_postfix(loss=f"{mean:.3f}")
             run.log(step=run.step, loss=mean, grad_norm=norm, lr=learning_rate(run.step - 1, cfg),
-                    frames_per_second=round(frames / seconds, 1))
-            run.recent, began = [], time.perf_counter()
+                    frames_per_second=round(steps * frames / seconds, 1))
+            run.recent, began, steps = [], time.perf_counter(), 0
         if run.due(cfg.eval_interval):
             run.evaluate()
         if run.due(cfg.checkpoint_interval):

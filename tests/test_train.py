@@ -879,6 +879,40 @@ def test_another_optimizer_begins_without_the_moments_of_the_first(half_done):
         assert set(moments) == {"step", "exp_avg", "exp_avg_sq"} and moments["step"] == 1
 
 
+def test_a_run_goes_on_with_the_scale_of_the_data_it_began_with(half_done, monkeypatch):
+    """Measured anew, a folder that has grown would rescale what a half-trained network is given."""
+    folder, cfg = half_done
+    before, cfg.max_steps, cfg.init_from = load(folder)["stats"], cfg.max_steps + 1, "changed"
+    monkeypatch.setattr(train, "measure", lambda source: {"mean": [0.9], "std": [0.01]})
+    train.main(cfg)
+    assert load(folder)["step"] == cfg.max_steps and load(folder)["stats"] == before
+
+
+def test_frames_per_second_count_the_steps_since_the_last_line(tiny, tmp_path, monkeypatch):
+    """A clock that only optimizer steps move, by a second each; stopped between two lines."""
+    clock, optimizer_step = [0.0], train.optimizer_step
+
+    def slow(*arguments):
+        clock[0] += 1
+        return optimizer_step(*arguments)
+    monkeypatch.setattr(train, "optimizer_step", slow)
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 4, signal.SIGTERM)
+        train.main(tiny(log_interval=3))
+    train.main(tiny(log_interval=3))
+    assert [entry["frames_per_second"] for entry in read_log(tmp_path / "run")[1:]] == [20, 20]
+
+
+def test_another_network_is_named_by_its_differences(half_done, monkeypatch):
+    folder, cfg = half_done
+    build_model = train.build_model
+    monkeypatch.setattr(train, "build_model", lambda cfg, source, device: build_model(
+        cfg, SimpleNamespace(shape=source.shape, action_dim=3), device))
+    with pytest.raises(UserError, match="of another network: action_dim was 0, now 3"):
+        train.main(cfg)
+
+
 def test_the_log_is_drawn(finished, tmp_path):
     pytest.importorskip("matplotlib")
     with Image.open(finished / "log.png") as picture:
@@ -1069,6 +1103,20 @@ def test_a_log_and_pictures_that_cannot_be_written_do_not_end_a_run(tiny, tmp_pa
     assert [entry["step"] for entry in read_log(folder) if "loss" in entry] == [1, 2, 5]
 
 
+def test_a_torn_line_of_the_log_and_other_noise_levels_do_not_end_a_run(tiny, tmp_path, monkeypatch, capsys):
+    train.main(tiny(max_steps=2, eval_interval=2, eval_sigmas=(1.0,)))
+    evaluate = train.Run.evaluate
+
+    def tear(run):
+        with open(run.folder / "log.jsonl", "a") as file:
+            file.write('{"step": 3, "lo\n')
+        evaluate(run)
+    monkeypatch.setattr(train.Run, "evaluate", tear)
+    train.main(tiny(max_steps=4, eval_interval=2, eval_sigmas=(1.0, 3.0), init_from="changed"))
+    assert load(tmp_path / "run")["step"] == 4
+    assert "training goes on" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("saves, steps", [({1, 2}, 8), ({2}, 6)])
 def test_two_failed_saves_in_a_row_or_the_last_one_end_the_run_and_keep_what_there_is(tiny, tmp_path, full_disk, saves,
                                                                                       steps):
@@ -1194,6 +1242,20 @@ def test_the_log_is_json_with_a_setting_that_is_not_finite(tiny, tmp_path):
     ("batch_size", 0, "batch_size=0"),
     ("seed", -1, "seed=-1"),
     ("decay", "cosine", "cosine"),
+    ("optimizer", "sgd", "sgd"),
+    ("accumulate", 0, "accumulate=0"),
+    ("grad_clip", 0.0, "grad_clip=0"),
+    ("grad_clip", -1.0, "grad_clip=-1"),
+    ("max_skipped", 0, "max_skipped=0"),
+    ("eval_sigmas", (), "eval_sigmas=()"),
+    ("ema_widths", (0.0,), "ema_widths=(0.0,)"),
+    ("ema_widths", (0.5,), "ema_widths=(0.5,)"),
+    ("channel_mults", (), "channel_mults=()"),
+    ("patch_size", 0, "patch_size=0"),
+    ("picture_steps", 0, "picture_steps=0"),
+    ("sigma_data", 0.0, "sigma_data=0"),
+    ("context_noise", -1.0, "context_noise=-1"),
+    ("dropout", 1.5, "at most 1"),
     ("device", "abacus", "abacus"),
     ("dataset", "video", "digits"),
     ("dataset", "vidoe", "vidoe"),

@@ -45,6 +45,18 @@ def write_film(path, times, base=0.001, size=16):
         film.mux(stream.encode())
 
 
+def turn_film(av, path, target):
+    """The film at `path`, marked to be shown turned by a quarter."""
+    import struct
+    raw = bytearray(path.read_bytes())
+    matrix = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    at = raw.index(matrix, raw.index(b"tkhd"))
+    raw[at:at + 36] = struct.pack(">9i", 0, -(1 << 16), 0, 1 << 16, 0, 0, 0, 0, 1 << 30)
+    target.write_bytes(raw)
+    with av.open(str(target)) as film:
+        assert next(film.decode(video=0)).rotation == 90
+
+
 def source(folder, split="train", **changes):
     cfg = dict(data_dir=str(folder), frames=4, frame_size=8, stride=1, flip=False, seed=0, dataset="video")
     return data.open_source(SimpleNamespace(**cfg | changes), split)
@@ -154,6 +166,60 @@ def test_grey_colour_and_transparent_frames_become_what_is_wanted(here, channels
     np.save(here / "src" / "a.npy", np.concatenate([numbered(3, channels=channels, start=100)], axis=3))
     prepare(here, channels=wanted)
     assert np.array_equal(stored(here / "out", "a.npy"), numbered(3, channels=wanted, start=100).transpose(0, 3, 1, 2))
+
+
+def test_films_and_photographs_are_shown_upright(here):
+    """A phone held upright stores lying frames, and how to turn them. Here the left half is bright, turned it is the
+    lower one, or the upper one."""
+    av = pytest.importorskip("av")
+    lying = np.zeros((16, 32, 3), np.uint8)
+    lying[:, :16] = 200
+    with av.open(str(here / "src" / "plain.mp4"), "w") as film:
+        stream = film.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        for _ in range(3):
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(lying)))
+        film.mux(stream.encode())
+    turn_film(av, here / "src" / "plain.mp4", here / "src" / "turned.mp4")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # to be turned by a quarter, clockwise
+    (here / "src" / "photographs").mkdir()
+    for i in range(2):
+        Image.fromarray(lying).save(here / "src" / "photographs" / f"{i}.jpg", exif=exif)
+    shapes = {name: next(data.decode(here / "src" / name))[1] for name in ("plain.mp4", "turned.mp4", "photographs")}
+    assert shapes["plain.mp4"].shape == (16, 32, 3)
+    for name, first, last in (("turned.mp4", 0, 200), ("photographs", 200, 0)):
+        frame = shapes[name].astype(int)
+        assert frame.shape == (32, 16, 3)
+        assert abs(frame[:12].mean() - first) < 12 and abs(frame[20:].mean() - last) < 12
+
+
+def test_pictures_of_more_than_eight_bits_are_named(here):
+    np.save(here / "src" / "good.npy", numbered(3))
+    (here / "src" / "deep").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(here / "src" / "deep" / f"{i}.png")
+    assert "more than 8 bits a channel" in prepare(here)["left_out"]["deep"]
+
+
+def test_a_gif_without_delays_is_shown_at_ten_frames_a_second(here):
+    pictures = [Image.fromarray(np.full((8, 8), 25 * i, np.uint8)) for i in range(6)]
+    pictures[0].save(here / "src" / "a.gif", save_all=True, append_images=pictures[1:], duration=0)
+    prepare(here, fps=5.0)
+    assert len(stored(here / "out", "a.gif")) == 3
+
+
+def test_names_with_dots_and_of_other_encodings_and_the_folder_itself(here, monkeypatch):
+    np.save(here / "src" / os.fsdecode(b"caf\xe9.npy"), numbered(4))
+    for i in range(3):
+        (here / "src" / "run.1").mkdir(exist_ok=True)
+        Image.fromarray(numbered(3)[i]).save(here / "src" / "run.1" / f"{i}.png")
+    np.save(here / "src" / "run.1.actions.npy", np.arange(3))
+    meta = prepare(here)
+    assert meta["action_dim"] == 3 and len(meta["train"]) == 1
+    monkeypatch.chdir(here / "src" / "run.1")
+    data.prepare(settings(src=".", out=str(here / "alone")))
+    assert (here / "alone" / "meta.json").exists()
 
 
 def test_latents_stay_as_they_are(here):
@@ -368,6 +434,32 @@ def test_clips_of_another_kind_than_the_first_are_left_out(here):
     assert "unlike" in prepare(here)["left_out"]["b.npy"]
 
 
+def test_the_kind_of_most_clips_counts_and_the_others_are_named(here, capsys):
+    np.save(here / "src" / "0.npy", np.zeros((3, 4, 8, 8), np.float32))
+    for name in "abc":
+        np.save(here / "src" / f"{name}.npy", numbered(3))
+    meta = prepare(here)
+    assert sorted(clip[0] for clip in meta["train"] + meta["val"]) == ["a.npy", "b.npy", "c.npy"]
+    assert "left out: 0.npy: ('float16', 4, 8, 8), unlike ('uint8', 3, 8, 8) of 3 others" in capsys.readouterr().out
+
+
+def test_sources_of_one_name_in_different_folders_are_told_apart(here):
+    for folder in "xy":
+        (here / "src" / folder).mkdir()
+        np.save(here / "src" / folder / "good.npy", numbered(5))
+        np.save(here / "src" / folder / "frames.npy", numbered(1))
+    assert prepare(here)["left_out"]["y/frames.npy"].startswith("y/frames.npy: 1 frames, fewer")
+
+
+def test_a_link_to_a_folder_is_named(here, capsys):
+    (here / "elsewhere").mkdir()
+    np.save(here / "elsewhere" / "b.npy", numbered(3))
+    np.save(here / "src" / "a.npy", numbered(3))
+    (here / "src" / "link").symlink_to(here / "elsewhere")
+    prepare(here)
+    assert "left out: link is a link to a folder" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("length", [1, 2])
 def test_discrete_and_continuous_actions_do_not_mix(here, length):
     np.save(here / "src" / "a.npy", numbered(3))
@@ -410,6 +502,57 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(prepared, monkeypatc
     np.save(prepared.parent / "src" / "2.actions.npy", np.arange(30) % 3)
     meta = prepare(prepared.parent)
     assert made == ["2.npy.raw"] and ["2.npy", 30, True] in meta["train"] + meta["val"]
+
+
+def test_a_source_that_was_moved_or_spoilt_is_not_in_the_set_as_it_was(here, capsys):
+    """Moved, its old clip beside the new one could be on the other side of the split."""
+    for i in range(4):
+        np.save(here / "src" / f"{i}.npy", numbered(5))
+    prepare(here)
+    (here / "src" / "sub").mkdir()
+    (here / "src" / "0.npy").rename(here / "src" / "sub" / "0.npy")
+    (here / "src" / "1.npy").write_text("no array")
+    for _ in range(2):
+        meta = prepare(here)
+        assert sorted(clip[0] for clip in meta["train"] + meta["val"]) == ["2.npy", "3.npy", "sub/0.npy"]
+    assert "1 clips of before, such as 0.npy, are no longer there" in capsys.readouterr().out
+    (here / "src" / "1.npy").unlink()
+    assert len(prepare(here)["train"]) == 2
+
+
+def test_a_folder_of_pictures_is_read_again_when_one_of_them_changed(here):
+    (here / "src" / "walk").mkdir()
+    for brightness in (10, 200):
+        for i in range(3):
+            Image.new("RGB", (8, 8), (brightness,) * 3).save(here / "src" / "walk" / f"{i}.png")
+        prepare(here)
+        assert np.all(stored(here / "out", "walk") == brightness)
+
+
+def test_a_first_call_in_vain_does_not_settle_the_settings(here):
+    with pytest.raises(UserError, match="no film"):
+        prepare(here, size=16)
+    np.save(here / "src" / "a.npy", numbered(3))
+    assert prepare(here, size=8)["shape"] == [3, 8, 8]
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(here):
+    np.save(here / "src" / "a.npy", numbered(3))
+    (here / "out").mkdir()
+    (here / "out" / "meta.json").write_text('{"of": "another program"}')
+    with pytest.raises(UserError, match="meta.json is not of this program"):
+        prepare(here)
+    assert "another program" in (here / "out" / "meta.json").read_text()
+
+
+class KillsItsReader:
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_killed_worker_is_one_line():
+    with pytest.raises(UserError, match="was killed.*fewer --workers"):
+        data.in_processes(settings(), [KillsItsReader()])
 
 
 def test_an_interrupted_source_is_not_believed(here, monkeypatch):
