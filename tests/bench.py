@@ -136,13 +136,13 @@ def image_loss(model, images, noise, cfg):
 
 
 class Step:
-    """An optimizer step, all of it but for the data: noise, loss, gradients, Adam, averages."""
+    """An optimizer step, all of it but for the data: noise, loss, gradients, optimizer, averages."""
 
     def __init__(self, model, frames, loss, cfg, device):
         self.model, self.cfg = model.to(device), cfg
         self.model.dtype = compute_dtype(device)
         self.network = train.compiled(self.model) if cfg.compile else self.model
-        self.optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
+        self.optimizer = train.make_optimizer(model, cfg)
         self.ema, self.frames, self.compute_loss = train.PowerEMA(model, cfg.ema_widths), frames.to(device), loss
 
     def loss(self):
@@ -363,11 +363,12 @@ def sample_table(cfg, device):
 # Table 6: counted from shapes, for a GPU in bfloat16: the memory of a step, and what processes exchange.
 
 def memory_table(cfg, device):
-    """Per parameter 4 bytes each of weight, gradient, Adam's two and the averages; per clip what a forward pass keeps,
-    counted in float32 on the CPU, which has to hold it, and halved. A tenth of the card stays free."""
+    """Per parameter 4 bytes each of weight, gradient, moments (muon's one, adam's two) and averages; per clip what a
+    forward pass keeps, counted in float32 on the CPU, which has to hold it, and halved. A tenth of a card stays free."""
     step = video_step(cfg, torch.zeros(1, cfg.frames, *model_of(cfg).cfg.frame_shape), cfg.noised_copies, CPU)
     count = sum(p.numel() for p in step.model.parameters())
-    state, kept = 4 * count * (4 + len(cfg.ema_widths)), kept_bytes(step.loss) / 2
+    state = 4 * count * (2 + {"muon": 1, "adam": 2}[cfg.optimizer] + len(cfg.ema_widths))
+    kept = kept_bytes(step.loss) / 2
     rows = [{"T": cfg.frames, "R": cfg.noised_copies, "million parameters": count / 1e6, "state MB": state / 1e6,
              "MB per clip": kept / 1e6, "GFLOP per clip": count_flops(step.loss_and_gradients) / 1e9,
              **{f"clips in {size} GB": int((0.9e9 * size - state) / kept) for size in (12, 24, 80)},

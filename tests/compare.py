@@ -96,7 +96,7 @@ def train_entry(name, cfg, device):
     torch.manual_seed(cfg.seed)
     model = build(name, cfg, source).to(device)
     model.dtype = sample.compute_dtype(device)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
+    optimizer = train.make_optimizer(model, cfg)
     ema, seconds, curve = train.PowerEMA(model, cfg.ema_widths[:1]), 0.0, []
     (average,) = ema.averages.values()
     supervised = cfg.batch_size * cfg.noised_copies * (1 if name == "last" else source.frames)

@@ -583,7 +583,7 @@ def whole_batch(tiny, tmp_path):
 
 
 def assert_close_runs(folder, whole_batch):
-    """The same up to rounding: Adam makes a full step of a gradient that is all rounding, so a single weight
+    """The same up to rounding: a gain makes a full step of a gradient that is all rounding, so a single weight
     may differ more than its gradient did, but by little of the way that it went."""
     start, state, log = whole_batch
     assert weights_moved(start, state) > 0.02
