@@ -396,6 +396,7 @@ class ModelConfig:
         widths = [self.channels * mult for mult in self.channel_mults]
         windows = [self.window if h in self.video_attn_resolutions else int(h in self.frame_attn_resolutions)
                    for h in heights]
+        require(self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even")
         for c in (c for c, window in zip(widths, windows) if window):
             require(c % self.head_dim == 0, f"head_dim {self.head_dim} does not divide a level's {c} channels")
         return list(zip(widths, windows))

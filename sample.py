@@ -59,9 +59,9 @@ guidance = 1.0              # above 1: away from what a frame without a past wou
 ema = 0.05                  # width of the averaged weights; 0: the raw weights of the last step
 seed = 0                    # same seed, same file
 # -- output
-fps = 10                    # frames per second of the GIF
+fps = 10                    # frames per second of GIFs, films and play
 scale = 4                   # pixels per pixel
-truth = False               # show the data's own continuation above each sample
+truth = False               # show the data's own continuation before each sample, in a contact sheet above it
 play = False                # instead of a file: steer the model from a web page, from frames of the data on
 port = 8000                 # of that page, on this machine; 0: any that is free
 device = "auto"             # auto, cpu, cuda, cuda:1, ..
@@ -157,14 +157,19 @@ class Rollout(collections.abc.Iterator):
 
 def compiled(method):
     """A model's `step` or `read`, compiled for one frame at a time, which it is given over and over; on a GPU as one
-    CUDA graph. The first pass of a cache, in which layers allocate their part, and longer ones run as they are."""
-    graph = torch.compile(method, mode="reduce-overhead", dynamic=False, fullgraph=True)
+    CUDA graph. The first pass of all, in which weights are frozen, the first of a cache, in which layers allocate their
+    part, and longer ones run as they are."""
+    graph, ran = torch.compile(method, mode="reduce-overhead", dynamic=False, fullgraph=True), []
 
     def call(x, sigma, cache, actions=None):
-        if cache.tensors and x.shape[1] == 1:
-            result = graph(x, sigma, cache, actions)
+        if ran and cache.tensors and x.shape[1] == 1:
+            try:
+                result = graph(x, sigma, cache, actions)
+            except torch._inductor.exc.InductorError as error:
+                raise UserError(f"--compile needs a C++ compiler on a CPU: {str(error).splitlines()[0]}") from error
             return result if result is None else result.clone()      # the graph's next run overwrites its own
         result = method(x, sigma, cache, actions)
+        ran.append(True)
         for tensor in (cache.clock, *cache.tensors.values()):
             torch._dynamo.mark_static_address(tensor, guard=False)   # or a CUDA graph would not write to it
         return result
@@ -195,13 +200,15 @@ def reconstruction(steps, widths, step, width):
     return np.linalg.lstsq(gram, target, rcond=None)[0]
 
 
-def reconstruct_ema(folder, step, width):
-    """Weights averaged with any `width`, from the snapshots that training left in `folder`."""
+def reconstruct_ema(folder, state, width):
+    """Weights averaged with any `width`, from the checkpoint's averages and the snapshots that training left in
+    `folder`."""
     snapshots = [load_file(path, ("step", "ema")) for path in sorted(Path(folder).glob("ema-*.pt"))]
-    parts = [(s["step"], w, tensors) for s in snapshots for w, tensors in s["ema"].items() if s["step"] <= step]
-    require(len(parts) > 1, f"--ema={width} is rebuilt from the snapshots ema-*.pt beside the checkpoint; {folder} has "
-                            f"{len(snapshots)}: use a width that the run tracked, or 0 for raw weights")
-    amounts = reconstruction([p[0] for p in parts], [p[1] for p in parts], step, width)
+    snapshots = [state, *(snapshot for snapshot in snapshots if snapshot["step"] < state["step"])]
+    parts = [(s["step"], w, tensors) for s in snapshots for w, tensors in s["ema"].items()]
+    require(len(snapshots) > 1, f"--ema={width} is rebuilt from the snapshots ema-*.pt beside the checkpoint; {folder} "
+                                "has none of before it: use a width that the run tracked, or 0 for raw weights")
+    amounts = reconstruction([p[0] for p in parts], [p[1] for p in parts], state["step"], width)
     return {name: sum(float(a) * tensors[name].float() for a, (_, _, tensors) in zip(amounts, parts, strict=True))
             for name in parts[0][2]}
 
@@ -245,7 +252,7 @@ def load_model(path, width, device):
     model = Denoiser(ModelConfig(**state["model_config"]))
     weights = state["model"]
     if width and "ema" in state:
-        weights = weights | (state["ema"].get(width) or reconstruct_ema(Path(path).parent, state["step"], width))
+        weights = weights | (state["ema"].get(width) or reconstruct_ema(Path(path).parent, state, width))
     model.load_state_dict(weights)
     model.normalize_weights()                               # an average of vectors on the sphere lies inside it
     return model.eval().requires_grad_(False).to(device), state
@@ -270,7 +277,7 @@ def pick_device(name):
 
 def compute_dtype(device):
     """bfloat16 where the hardware has it; on CPUs float32 is faster."""
-    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -342,7 +349,7 @@ WRITERS = {".gif": write_gif, ".png": write_sheet, ".npy": write_array,
 
 
 def check_extension(path):
-    kind = Path(path).suffix
+    kind = Path(path).suffix.lower()
     require(kind in WRITERS, f"--out={path}: the extension must be one of {', '.join(WRITERS)}, or .pt")
     require(kind not in (".mp4", ".webm") or importlib.util.find_spec("av"),
             f"--out={path}: films are written by PyAV, which is not installed: pip install av")
@@ -352,7 +359,7 @@ def write(path, frames, given=0, scale=4, fps=10):
     """To `path`, as its extension says."""
     check_extension(path)
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        WRITERS[Path(path).suffix](file, frames, given, scale, fps)
+        WRITERS[Path(path).suffix.lower()](file, frames, given, scale, fps)
 
 
 def start_rollout(model, clips, stats, settings, actions=None):
@@ -579,25 +586,30 @@ def serve(game, port):
 # ---------------------------------------------------------------------------------------------------
 # The script.
 
-def read_prompt(path, count, samples, shape):
-    """The first `count` frames of a file, in the model's shape, for every sample: uint8 b t c h w."""
+def read_prompt(path, count, samples, shape, latent):
+    """The first `count` frames of a file, in the model's shape, for every sample: b t c h w, uint8 or latents."""
     frames = [frame for _, frame in itertools.islice(decode(path), count)]
     require(len(frames) == count, f"{path} has {len(frames)} frames: give --context={len(frames)} or less")
+    require((frames[0].dtype != np.uint8) == latent, f"{path} holds {frames[0].dtype}, and this model was trained on "
+                                                     f"{'latents, floats' if latent else 'pixels, uint8'}")
     _, height, width = shape
-    if count and frames[0].shape[:2] != (height, width):
+    if not latent and frames[0].shape[:2] != (height, width):
         print(f"{path}: {frames[0].shape[1]} x {frames[0].shape[0]} pixels, cropped and resized to {width} x {height}")
     clip = torch.from_numpy(np.stack([fit(frame, shape) for frame in frames]))
     return clip.expand(samples, *clip.shape)
 
 
-def read_actions(text, frames, samples, action_dim):
-    """The action of every frame, from a .npy file or as in 0,2,1, for every sample: b t whole numbers or b t a."""
+def read_actions(text, frames, samples, action_dim, like=None):
+    """The action of every frame, from a .npy file or as in 0,2,1, for every sample: b t whole numbers or b t a, of the
+    kind that the data's actions `like` have."""
     require(action_dim, f"--actions={text}: this model was trained without actions")
     try:
         array = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array(text.split(","), int)
-    except (OSError, ValueError) as error:
+        discrete = {"i": True, "u": True, "f": False}[array.dtype.kind]
+    except (OSError, ValueError, EOFError, OverflowError, AttributeError, KeyError) as error:
         raise UserError(f"--actions={text}: expected whole numbers, as in 0,2,1, or a .npy file ({error})") from None
-    discrete = array.dtype.kind in "iu"
+    require(like is None or like.is_floating_point() != discrete, f"--actions={text}: {array.dtype}; this model was "
+            f"trained on {'vectors of floats' if discrete else 'whole numbers'}")
     expected = (frames,) if discrete else (frames, action_dim)
     require(array.shape == expected,
             f"--actions={text}: {array.shape} actions for --frames={frames}, expected {expected}")
@@ -619,10 +631,17 @@ def check_settings(cfg):
     for name, least in (("frames", 1), ("samples", 1), ("context", 0), ("first_clip", 0), ("steps", 1), ("seed", 0),
                         ("fps", 1), ("scale", 1), ("churn", 0), ("context_noise", -1), ("temperature", 0)):
         require(getattr(cfg, name) >= least, f"--{name}={getattr(cfg, name)}: must be at least {least}")
-    for name, choices in (("solver", ("euler", "heun")), ("precision", ("bfloat16", "float32"))):
+    for name, value in vars(cfg).items():
+        require(not isinstance(value, float) or math.isfinite(value), f"--{name}={value}: must be a finite number")
+    for name, choices in (("solver", ("euler", "heun")), ("precision", ("bfloat16", "float32")),
+                          ("split", ("train", "val"))):
         require(getattr(cfg, name) in choices, f"--{name}={getattr(cfg, name)}: choose {' or '.join(choices)}")
-    require(0 < cfg.sigma_min < cfg.sigma_max and cfg.rho > 0, f"--sigma_min={cfg.sigma_min} "
-            f"--sigma_max={cfg.sigma_max} --rho={cfg.rho}: must be above 0, and sigma_min below sigma_max")
+    require(0 < cfg.sigma_min < cfg.sigma_max and cfg.rho >= 0.1, f"--sigma_min={cfg.sigma_min} "
+            f"--sigma_max={cfg.sigma_max} --rho={cfg.rho}: sigma_min above 0 and below sigma_max, rho 0.1 or more")
+    require(cfg.context_noise in (-1, abs(cfg.context_noise)), f"--context_noise={cfg.context_noise}: 0 or more, or -1")
+    gif = cfg.play or cfg.out.lower().endswith(".gif")
+    require(cfg.fps <= (50 if gif else 1000), f"--fps={cfg.fps}: at most 50 in play and GIFs (players slow down what "
+                                              "is faster), 1000 in films")
     require(0 <= cfg.ema <= 0.25, f"--ema={cfg.ema}: a width is above 0 and at most 0.25; 0 takes the raw weights")
     require(not (cfg.prompt and (cfg.truth or cfg.play)),
             f"--truth and --play need clips of the data: they cannot be used with --prompt={cfg.prompt}")
@@ -630,31 +649,40 @@ def check_settings(cfg):
             f"--prompt={cfg.prompt} with --context={cfg.context}: give how many of its frames to take")
     require(cfg.context <= cfg.frames,
             f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
+    require(not (cfg.play and cfg.out.endswith(".pt")), f"--play makes no --out={cfg.out}: leave one of them out")
     if not cfg.out.endswith(".pt"):
         check_extension(cfg.out)
 
 
-def open_data(cfg, state):
-    """The source that the model was trained on, or its like in another folder, with clips as long as the samples."""
-    settings = SimpleNamespace(**state["settings"] | {"frames": cfg.frames})
+def open_data(cfg, state, frames):
+    """The source that the model was trained on, or its like in another folder, with clips of `frames` frames."""
+    settings = SimpleNamespace(**state["settings"] | {"frames": frames})
     settings.data_dir = cfg.data_dir or settings.data_dir
-    source = open_source(settings, cfg.split)
+    source, wanted = open_source(settings, cfg.split), SimpleNamespace(**state["model_config"])
+    fits = tuple(source.shape) == tuple(wanted.frame_shape) and source.action_dim in \
+        (wanted.action_dim, wanted.action_dim if cfg.play else 0)
+    require(fits, f"{settings.data_dir}: frames of {tuple(source.shape)} and {source.action_dim} actions; this model "
+                  f"knows {tuple(wanted.frame_shape)} and {wanted.action_dim}")
     print(f"given frames: {source.origin}", flush=True)
     return source
 
 
 def inputs(cfg, model, state):
     """(the clips that the samples begin with, the actions of all their frames or None)."""
+    clips, actions = torch.zeros(cfg.samples, 0, *model.cfg.frame_shape, dtype=torch.uint8), None
+    whole = cfg.truth or model.cfg.action_dim and not cfg.actions       # of the data's clips more than what is given
     if cfg.prompt:
-        clips, actions = read_prompt(cfg.prompt, cfg.context, cfg.samples, model.cfg.frame_shape), None
+        latent = bool(state["stats"].get("latent"))
+        clips = read_prompt(cfg.prompt, cfg.context, cfg.samples, model.cfg.frame_shape, latent)
         print(f"given frames: frames 1 to {cfg.context} of {cfg.prompt}")
-    else:
-        clips, actions = load_batch(open_data(cfg, state), range(cfg.first_clip, cfg.first_clip + cfg.samples))
+    elif cfg.context or whole:
+        source = open_data(cfg, state, cfg.frames if whole else cfg.context)
+        clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
     if cfg.actions:
-        return clips, read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim)
+        return clips, read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim, actions)
     if actions is None and model.cfg.action_dim:
-        require(state["settings"]["action_dropout"], f"--prompt={cfg.prompt} has no actions, and this model needs "
-                                                     "them: give --actions, or train it with action_dropout")
+        require(state["settings"]["action_dropout"], "the given frames have no actions, and this model needs them: "
+                                                     "give --actions, or train it with action_dropout")
         print("no --actions given: the model is told none")
         actions = torch.full((cfg.samples, cfg.frames), -1)
     return clips, actions
@@ -670,6 +698,7 @@ def main(cfg):
     weights = f"weights averaged over {width:g} of the run" if width else "raw weights"
     print(f"{path}, step {state['step']}, {weights}", flush=True)
     if cfg.out.endswith(".pt"):
+        require(Path(cfg.out).resolve() != Path(path).resolve(), f"--out={cfg.out} is the checkpoint itself")
         return save_weights(cfg.out, model, state, width, getattr(torch, cfg.precision))
     if cfg.compile:
         model.step, model.read = compiled(model.step), compiled(model.read)
@@ -677,7 +706,8 @@ def main(cfg):
         cfg.context_noise = state["settings"]["context_noise"] / 2
         print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")
     if cfg.play:
-        return serve(Game(model, open_data(cfg, state), state["stats"], cfg, rollout_settings(cfg), device), cfg.port)
+        source = open_data(cfg, state, max(cfg.context, 1))
+        return serve(Game(model, source, state["stats"], cfg, rollout_settings(cfg), device), cfg.port)
     clips, actions = (None if part is None else part.to(device) for part in inputs(cfg, model, state))
     frames = roll_out(model, clips, cfg.context, cfg.frames, state["stats"], rollout_settings(cfg), actions,
                       progress=True, stop=(stop := []))

@@ -392,7 +392,8 @@ def check_settings(cfg):
     """UserError for what would otherwise fail late, or silently do nothing."""
     for least, names in ((1, ("max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval",
                               "channels", "patch_size", "accumulate", "max_skipped", "ref_steps", "picture_steps")),
-                         (0, ("seed", "eval_interval", "eval_context", "context_noise", "action_dropout", "dropout"))):
+                         (0, ("seed", "blocks_per_level", "eval_interval", "eval_context", "context_noise",
+                              "action_dropout", "dropout"))):
         for name in names:
             require(getattr(cfg, name) >= least, f"{name}={getattr(cfg, name)}: must be at least {least}")
     for name in ("grad_clip", "sigma_data", "lr"):

@@ -364,7 +364,7 @@ def sample_table(cfg, device):
 
 def memory_table(cfg, device):
     """Per parameter 4 bytes each of weight, gradient, moments (muon's one, adam's two) and averages; per clip what a
-    forward pass keeps, counted in float32 on the CPU, which has to hold it, and halved. A tenth of a card stays free."""
+    forward pass keeps, counted in float32 on a CPU, which has to hold it, and halved. A tenth of a card stays free."""
     step = video_step(cfg, torch.zeros(1, cfg.frames, *model_of(cfg).cfg.frame_shape), cfg.noised_copies, CPU)
     count = sum(p.numel() for p in step.model.parameters())
     state = 4 * count * (2 + {"muon": 1, "adam": 2}[cfg.optimizer] + len(cfg.ema_widths))

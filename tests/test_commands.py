@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_train import TINY, flags, load, write_digits
 
@@ -389,13 +390,47 @@ def test_a_users_own_file_is_the_prompt(sampled, tmp_path):
     ({"ema": -1}, ["ema"]),
     ({"ema": 1}, ["ema"]),
     ({"sigma_min": 0}, ["sigma_min"]),
-    ({"rho": 0}, ["rho"]),
+    ({"rho": 0.001}, ["rho"]),
+    ({"sigma_max": "inf"}, ["--sigma_max=inf"]),
+    ({"guidance": "nan"}, ["--guidance=nan"]),
+    ({"context_noise": -0.5}, ["--context_noise=-0.5"]),
+    ({"fps": 60, "out": "a.gif"}, ["--fps=60", "50"]),
+    ({"play": True, "out": "a.pt"}, ["--play", "a.pt"]),
 ], ids=lambda value: " ".join(value))
 def test_mistakes_that_need_a_checkpoint_to_show_are_named(command, workshop, tmp_path, changes, named):
     path = workshop[0] / "out/mnist/checkpoint.pt"
     done = command(tmp_path, "sample.py", *flags(ROLLOUT | {"checkpoint": path} | changes))
     assert_refused(done, *named)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_of_another_kind_is_refused(command, workshop, tmp_path):
+    """Floats in [0, 1] would be taken for latents, and shown as black."""
+    np.save(tmp_path / "own.npy", np.ones((3, 1, 16, 16), np.float32))
+    path = workshop[0] / "out/mnist/checkpoint.pt"
+    done = command(tmp_path, "sample.py", *flags(ROLLOUT | {"checkpoint": path, "prompt": tmp_path / "own.npy"}))
+    assert_refused(done, "own.npy holds float32", "trained on pixels, uint8")
+
+
+def test_data_of_another_shape_is_refused(command, workshop, tmp_path):
+    changed = torch.load(workshop[0] / "out/mnist/checkpoint.pt", weights_only=True)
+    changed["settings"]["frame_size"] = 32
+    torch.save(changed, tmp_path / "other.pt")
+    done = command(workshop[0], "sample.py", *flags(ROLLOUT | {"checkpoint": tmp_path / "other.pt", "out": "a.npy"}))
+    assert_refused(done, "frames of (1, 32, 32) and 0 actions; this model knows (1, 16, 16) and 0")
+
+
+def test_the_checkpoint_is_not_overwritten_by_its_own_weights(command, workshop, tmp_path):
+    shutil.copy(workshop[0] / "out/mnist/checkpoint.pt", tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    refused = command(tmp_path, "sample.py", "--checkpoint=checkpoint.pt", f"--out={tmp_path}/checkpoint.pt")
+    assert_refused(refused, "is the checkpoint itself")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_from_nothing_no_data_is_needed(sampled, tmp_path):
+    out, path = sampled("a.NPY", context=0, frames=3, data_dir=tmp_path / "not_there")
+    assert np.load(path).shape[1] == 3 and "font" not in out
 
 
 def test_an_unknown_extension_is_refused_before_anything_is_sampled(command, workshop, tmp_path, monkeypatch):

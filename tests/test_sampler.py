@@ -1,5 +1,6 @@
 """The sampler: Heun's method against exact solutions, rollouts, averaged weights of any width, and the writers."""
 
+import copy
 import io
 import math
 from functools import partial
@@ -295,6 +296,23 @@ def test_actions_that_do_not_fit_are_named(text, action_dim, named):
         read_actions(text, 3, 1, action_dim)
 
 
+def test_files_that_hold_no_actions_or_another_kind_are_named(tmp_path):
+    def file(name, content):
+        (tmp_path / name).write_bytes(content)
+        return str(tmp_path / name)
+    np.savez(tmp_path / "zip", np.arange(3))
+    np.save(tmp_path / "words.npy", np.array(["up", "down", "up"]))
+    for text in (file("empty.npy", b""), file("zip.npy", (tmp_path / "zip.npz").read_bytes()),
+                 str(tmp_path / "words.npy"), f"0,1,{10 ** 30}"):
+        with pytest.raises(UserError, match="expected whole numbers"):
+            read_actions(text, 3, 1, 3)
+    np.save(tmp_path / "floats.npy", np.ones((3, 3)))
+    with pytest.raises(UserError, match="floats.npy: float64; this model was trained on whole numbers"):
+        read_actions(str(tmp_path / "floats.npy"), 3, 1, 3, torch.zeros(1, 3, dtype=torch.long))
+    with pytest.raises(UserError, match="0,1,2: int64; this model was trained on vectors of floats"):
+        read_actions("0,1,2", 3, 1, 3, torch.zeros(1, 3, 3))
+
+
 def test_a_rollout_ends_with_its_actions(context):
     model = small_model(action_dim=3)
     actions = torch.zeros(2, 9, dtype=torch.long)
@@ -343,7 +361,9 @@ def test_a_compiled_rollout_is_the_same_from_two_graphs(model, context, monkeypa
     monkeypatch.setattr(torch, "compile", lambda method, mode, **how: compiler(method, backend=count, **how))
     torch._dynamo.reset()
     rollouts = [dict(levels=LEVELS, seed=seed, guidance=guidance, context_noise=0.1) for seed in (0, 1)]
+    fresh = copy.deepcopy(model)                            # whose weights nothing has frozen yet
     expected = [take(Rollout(model, context[:, :given], **how), 4 * WINDOW) for how in rollouts]
+    model = fresh
     model.step, model.read = sampling.compiled(model.step), sampling.compiled(model.read)
     for how, frames in zip(rollouts, expected, strict=True):
         assert (take(Rollout(model, context[:, :given], **how), 4 * WINDOW) - frames).abs().max() < 1e-5
@@ -355,7 +375,9 @@ def test_a_compiled_rollout_is_the_same_from_two_graphs(model, context, monkeypa
 @pytest.mark.gpu
 def test_a_rollout_of_cuda_graphs_is_the_same(model, context):
     model, context = model.cuda(), context.cuda()
+    fresh = copy.deepcopy(model)
     expected = take(Rollout(model, context, LEVELS, guidance=1.5), 4 * WINDOW)
+    model = fresh
     model.step, model.read = sampling.compiled(model.step), sampling.compiled(model.read)
     for _ in range(2):
         assert (take(Rollout(model, context, LEVELS, guidance=1.5), 4 * WINDOW) - expected).abs().max() < 1e-2

@@ -445,6 +445,18 @@ def test_the_averages_follow_the_weights_of_the_step_just_taken(tiny, tmp_path):
         assert_same(average, {name: state["model"][name] for name in average})
 
 
+def test_a_width_is_rebuilt_from_the_checkpoint_of_a_stopped_run_too(tiny, tmp_path, monkeypatch):
+    """Its last steps are in no snapshot. Beside a run that tracked that width."""
+    for name, widths in (("rebuilt", (0.05, 0.1)), ("tracked", (0.08,))):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            stop_at(patch, 28, signal.SIGTERM)
+            train.main(tiny(name, ema_widths=widths, max_steps=60, checkpoint_interval=10))
+    state, tracked = load(tmp_path / "rebuilt"), load(tmp_path / "tracked")["ema"][0.08]
+    rebuilt = sample.reconstruct_ema(tmp_path / "rebuilt", state, 0.08)
+    for name, average in tracked.items():
+        assert (rebuilt[name] - average).norm() < 0.1 * average.norm(), name
+
+
 def test_the_averaged_model_is_on_the_sphere_and_another_one(tiny):
     model, _, _ = build(tiny(), awake=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -679,7 +679,7 @@ def test_from_a_folder_of_films_to_a_rollout_in_three_commands(tmp_path):
     command("train.py", "config/video.py", f"--data_dir={folder}", f"--out_dir={out}", "--frame_size=16", "--frames=6",
             "--channels=16", "--head_dim=16", "--channel_mults=1,2", "--video_attn_resolutions=4", "--window=4",
             "--batch_size=2", "--max_steps=2", "--eval_interval=2", "--eval_clips=2", "--picture_frames=5")
-    command("sample.py", f"--checkpoint={out}/checkpoint.pt", f"--out={tmp_path}/rollout.gif", "--frames=6",
-            "--samples=1", "--steps=1")
+    command("sample.py", f"--checkpoint={out}/checkpoint.pt", f"--out={tmp_path}/rollout.gif", "--frames=14",
+            "--samples=1", "--steps=1")                     # longer than any of the clips
     with Image.open(tmp_path / "rollout.gif") as gif:
-        assert gif.n_frames == 6
+        assert gif.n_frames == 14
