@@ -271,9 +271,9 @@ def test_finished_entries_are_kept_and_other_settings_refused(cfg, monkeypatch, 
     monkeypatch.setattr(compare, "train_entry", not_again)
     compare.main(cfg)
     assert capsys.readouterr().out == table                 # and nothing before it
-    cfg.lr = 0.01
+    lr, cfg.lr = cfg.lr, 0.011
     with pytest.raises(UserError, match=r"lr.*--out"):
         compare.main(cfg)
-    cfg.regimes, cfg.lr = ("last", "ours"), 0.06
+    cfg.regimes, cfg.lr = ("last", "ours"), lr
     with pytest.raises(AssertionError, match="trained again"):
         compare.main(cfg)
