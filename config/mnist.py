@@ -18,6 +18,6 @@ P_mean, P_std = 0.0, 1.5
 context_noise = 0.1
 
 # with unit-norm weights, short runs want a high learning rate and a decay to zero
-batch_size, max_steps = 4, 3400
-lr, warmup_steps, decay = 0.02, 100, "linear"
-eval_interval, checkpoint_interval = 850, 425
+batch_size, max_steps = 4, 3000
+lr, warmup_steps, decay = 0.015, 100, "linear"
+eval_interval, checkpoint_interval = 750, 375
