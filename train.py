@@ -219,7 +219,8 @@ class Muon(torch.optim.Optimizer):
         (group,) = self.param_groups
         alike = collections.defaultdict(list)               # shape -> parameters and matrices, orthogonalised together
         for p in group["params"]:
-            average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            state = self.state[p]
+            average = state["momentum"] if state else state.setdefault("momentum", torch.zeros_like(p))
             average.lerp_(p.grad, 1 - group["momentum"])
             ahead = torch.lerp(p.grad, average, group["momentum"])                       # Nesterov's
             ahead = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead

@@ -19,5 +19,5 @@ P_mean, P_std = 1.0, 1.2
 context_noise = 0.1
 
 batch_size, max_steps = 4, 14000
-lr, warmup_steps, decay = 0.02, 100, "linear"
+lr, warmup_steps, decay = 0.015, 100, "linear"
 eval_interval, checkpoint_interval, eval_clips = 2800, 1400, 128

@@ -18,5 +18,5 @@ P_mean, P_std = 0.0, 1.5
 context_noise = 0.1
 
 batch_size, max_steps = 4, 3400
-lr, warmup_steps, decay = 0.02, 100, "linear"
+lr, warmup_steps, decay = 0.015, 100, "linear"
 eval_interval, checkpoint_interval = 850, 425
