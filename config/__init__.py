@@ -114,8 +114,6 @@ def help_text(path, defaults):
             lines += ["", line[5:]] if lines[-1] else [line[5:]]
         elif setting and setting[1] in settings:
             lines.append(f"  {as_flag(setting[1], settings[setting[1]]):{width}}  {setting[2] or ''}".rstrip())
-        elif lines[-1].startswith("  ") and (goes_on := re.match(r"\s+# (.*)", line)):
-            lines.append(f"  {'':{width}}  {goes_on[1]}")
     return "\n".join(lines).strip()
 
 
