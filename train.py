@@ -220,8 +220,9 @@ class Muon(torch.optim.Optimizer):
         alike = collections.defaultdict(list)               # shape -> parameters and matrices, orthogonalised together
         for p in group["params"]:
             state = self.state[p]
-            average = state["momentum"] if state else state.setdefault("momentum", torch.zeros_like(p))
-            average.lerp_(p.grad, 1 - group["momentum"])
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            average = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
             ahead = torch.lerp(p.grad, average, group["momentum"])                       # Nesterov's
             ahead = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
             matrix = ahead.flatten(1) if ahead.ndim > 1 else ahead[None]
@@ -348,7 +349,7 @@ def dispensable(what):
     try:
         yield
     except Exception as error:
-        print(f"\n{what}: {error or repr(error)}; training goes on", flush=True)
+        print(f"\n{what}: {str(error) or repr(error)}; training goes on", flush=True)
 
 
 def finite(value):

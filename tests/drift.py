@@ -164,7 +164,7 @@ def main(cfg):
         name = ", ".join(told) or "rollout"
         solver, steps, low, high, *how = values
         settings = {"levels": noise_levels(steps, low, high, 7), "seed": cfg.seed, "solver": solver,
-                    "churn_min": 0.05, "churn_max": 50.0, **dict(zip(VARIED[4:], how, strict=True))}
+                    **dict(zip(VARIED[4:], how, strict=True))}
         frames = roll_out(model, truth.to(device), cfg.given, cfg.frames, state["stats"], settings, progress=True)
         results[name] = measure(torch.from_numpy(np.stack(list(frames), axis=1)), truth, labels, net)
         print_table(name, results[name], cfg)
