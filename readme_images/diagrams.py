@@ -113,7 +113,7 @@ def draw_mask():
 
 
 # ---------------------------------------------------------------------------------------------
-# regimes.png: four ways to train on a clip, what each supervises and what it costs.
+# regimes.png: five ways to train on a clip, what each supervises and what it costs.
 
 T = 5
 SIDE = 0.8  # of a frame's box; boxes are 1 apart
@@ -159,6 +159,12 @@ def draw_whole_clip(axes, x):
         arc(axes, x, CENTER + SIDE, past, t, bend=-0.45, style="<|-|>")
 
 
+def draw_independent(axes, x):
+    clip(axes, x, CENTER, noised=ALL, supervised=ALL)
+    for past, t in PAIRS:
+        arc(axes, x, CENTER + SIDE, past, t, bend=-0.45)
+
+
 def draw_last_frame(axes, x, context=T - 1):
     """Of the clean frames the last `context` feed the one noised frame at the end."""
     clip(axes, x, CENTER, noised=[T], supervised=[T], forgotten=range(1, T - context))
@@ -180,6 +186,7 @@ def draw_ours(axes, x):
 
 REGIMES = [  # title, what draws it, supervised frames per frame processed, what comes with it
     ("whole-clip diffusion", draw_whole_clip, "$T$ of $T$", "but one fixed length,\nnot step by step"),
+    ("independent noise", draw_independent, "$T$ of $T$", "but the past seen in\ntraining is noised"),
     ("frame stacking", draw_stacking, "$1$ of $k+1$", "all but the last $k$ frames\nare forgotten"),
     ("last frame only", draw_last_frame, "$1$ of $T$", "full past, but $T$ times\nless signal per pass"),
     ("ours", draw_ours, "$T$ of $2T$", "with one noised copy;\nevery one has its full past"),
@@ -188,25 +195,25 @@ REGIMES = [  # title, what draws it, supervised frames per frame processed, what
 
 def draw_key(axes, y):
     """What boxes and arrows mean, in one line under the panels."""
-    for x, meaning in ((1.5, "clean"), (5.3, "noised"), (9.5, "supervised"), (14.6, "forgotten")):
+    for x, meaning in ((4.6, "clean"), (8.4, "noised"), (12.6, "supervised"), (17.7, "forgotten")):
         frame(axes, x, y, "", **({} if meaning == "clean" else {meaning: True}))
         axes.text(x + 1.1, y + SIDE / 2, meaning, va="center", size=9)
-    arrow(axes, (19.0, y + SIDE / 2), (20.1, y + SIDE / 2))
-    axes.text(20.4, y + SIDE / 2, "is seen by", va="center", size=9)
+    arrow(axes, (22.1, y + SIDE / 2), (23.2, y + SIDE / 2))
+    axes.text(23.5, y + SIDE / 2, "is seen by", va="center", size=9)
 
 
 def draw_regimes():
-    axes = canvas(9.0, 3.75, xlim=(-0.45, 23.85), ylim=(-5.85, 4.25))
+    axes = canvas(11.1, 3.75, xlim=(-0.45, 30.05), ylim=(-5.85, 4.25))
     for number, (title, draw, ratio, meaning) in enumerate(REGIMES):
         x = number * PANEL
         center = x + (T - 1 + SIDE) / 2
-        axes.text(center, 3.8, title, ha="center", va="center", size=10.5, weight="bold")
+        axes.text(center, 3.8, title, ha="center", va="center", size=10, weight="bold")
         draw(axes, x)
         axes.text(center, -2.35, ratio, ha="center", va="center", size=13)
         axes.text(center, -2.9, meaning, ha="center", va="top", size=8.5, linespacing=1.3)
     question = "supervised frames per frame processed"
-    axes.text(11.7, -1.45, question, ha="center", va="center", size=9, style="italic")
-    for start, end in ((0, 7.8), (15.6, 23.4)):
+    axes.text(14.8, -1.45, question, ha="center", va="center", size=9, style="italic")
+    for start, end in ((0, 10.9), (18.7, 29.6)):
         axes.plot([start, end], [-1.45, -1.45], color="#bbbbbb", lw=0.8)
     draw_key(axes, -5.5)
     save(axes, "regimes.png")

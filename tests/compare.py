@@ -369,7 +369,7 @@ def draw_efficiency(figure, entries):
         axis.set(xscale="log", yscale="log", xlabel=label)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("held-out denoising error given the clean past\n(share of data variance, geometric mean)")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 
 def draw_memory(figure, entries):
@@ -380,14 +380,14 @@ def draw_memory(figure, entries):
     axis.set(xlabel=f"{names[0]} (window: {entries[0]['settings']['window']})", ylim=(0, None),
              ylabel="denoising error (share of data variance)")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend()
 
 
 def draw(path, entries):
     if not importlib.util.find_spec("matplotlib"):
         raise UserError("--plot needs matplotlib: pip install matplotlib")
     from matplotlib.figure import Figure
-    figure = Figure((11, 4.4), layout="constrained")
+    figure = Figure((11, 5), layout="constrained")
     (draw_memory if "memory" in entries[0] else draw_efficiency)(figure, entries)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
