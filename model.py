@@ -135,6 +135,7 @@ class Cache:
     def __init__(self, device="cpu"):
         self.clock = torch.zeros((), dtype=torch.long, device=device)    # frames read so far = present frame's index
         self.tensors = {}                                   # layer -> tensor, rewritten in place ever after
+        self.tables = {}                                    # (function, settings) -> of the present frame, likewise
 
     @property
     def position(self):
@@ -147,6 +148,18 @@ class Cache:
         require(found == tuple(shape), f"the cache holds {found}, and the frames need {tuple(shape)}: a cache serves "
                                        "one batch, from its first frame on", ValueError)
         return self.tensors[layer]
+
+    def of_present(self, function, *settings):
+        """function(position of the present frame, *settings): computed once per frame, not per evaluation."""
+        key = function, *settings
+        if key not in self.tables:
+            self.tables[key] = function(self.clock[None], *settings)
+        return self.tables[key]
+
+    def advance(self, frames):
+        self.clock += frames
+        for (function, *settings), table in self.tables.items():
+            table.copy_(function(self.clock[None], *settings))
 
 
 @dataclass
@@ -165,10 +178,14 @@ class Sequence:
 
     def of_positions(self, function, device, *settings):
         """function(index of each frame in its clip or rollout, *settings), computed once for all layers of a pass."""
-        if function not in self.known:
+        if self.cache:
+            of_present = self.cache.of_present(function, *settings)
+            if self.frames == 1:
+                return of_present
+        if (key := (function, *settings)) not in self.known:
             ahead = torch.arange(self.frames, device=device)
-            self.known[function] = function(ahead + self.cache.clock if self.cache else ahead, *settings)
-        return self.known[function]
+            self.known[key] = function(ahead + self.cache.clock if self.cache else ahead, *settings)
+        return self.known[key]
 
     def unfold(self, x):
         return rearrange(x, "(b s t) ... -> b s t ...", s=self.copies, t=self.frames)
@@ -182,9 +199,9 @@ class Sequence:
         return self.noised(x) if self.last else x
 
 
-def past_gain(positions, kernel):
+def past_gain(positions, kernel, dtype):
     """g_t of the frames at `positions` t: t 1. A missing past must not shrink the first frames."""
-    return (kernel / (positions + 1).clamp(max=kernel)).sqrt()[:, None]
+    return (kernel / (positions + 1).clamp(max=kernel)).sqrt()[:, None].to(dtype)
 
 
 class CausalConv(MPWeight):
@@ -205,7 +222,7 @@ class CausalConv(MPWeight):
         x, scale = seq.unfold(x), seq.unfold(scale)
         if self.kernel > 1:
             past = self.past(x, weight[1:], seq)[:, None].expand(-1, seq.copies, -1, -1, -1, -1)
-            scale = scale * seq.of_positions(past_gain, x.device, self.kernel).to(scale.dtype)
+            scale = scale * seq.of_positions(past_gain, x.device, self.kernel, scale.dtype)
         scale = seq.going_on(scale)
         y = F.conv2d(seq.going_on(x).flatten(0, 2), weight[0], padding=1).unflatten(0, scale.shape[:3])
         y = y + seq.going_on(past) if self.kernel > 1 else y
@@ -307,19 +324,24 @@ def attend_flex(q, k, v, mask, flex=None):
 
 
 def ring_slots(positions, window):
-    """The slot of each frame in a ring of `window` frames, t 1, and which slots have held a frame by then, t window."""
-    return positions[:, None] % window, torch.arange(window, device=positions.device) <= positions[:, None]
+    """The slot of each of the frames at `positions` t in a ring of `window` frames: t 1."""
+    return positions[:, None] % window
 
 
-def attend_cached(q, k, v, ring, slots, held):
+def ring_mask(positions, window, places, dtype):
+    """Added to the logits of keys in the ring: -inf where no frame has been by then. t 1 (window p)"""
+    unseen = torch.arange(window, device=positions.device) > positions[:, None, None]
+    return torch.zeros_like(unseen, dtype=dtype).masked_fill(unseen, -math.inf).repeat_interleave(places, dim=-1)
+
+
+def attend_cached(q, k, v, ring, slots, masks):
     """Frames one after another against a ring (2 b m window p d) of the last frames' keys and values. A frame's slot
     is the one that the frame leaving the window held, so denoising it and later reading it as clean both just write
-    that slot. Slots that no frame has held yet are hidden."""
+    that slot."""
     frames = []
     for t in range(q.shape[2]):
         ring.index_copy_(3, slots[t], torch.stack([k[:, 0, t, :, None], v[:, 0, t, :, None]]))
-        seen = held[t, None].repeat_interleave(q.shape[4], dim=1)
-        frames.append(F.scaled_dot_product_attention(q[:, 0, t], *ring.flatten(3, 4), attn_mask=seen))
+        frames.append(F.scaled_dot_product_attention(q[:, 0, t], *ring.flatten(3, 4), attn_mask=masks[t]))
     return torch.stack(frames, dim=1)[:, None]
 
 
@@ -354,7 +376,8 @@ class Attention(nn.Module):
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
             ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)
-            return attend_cached(q, k, v, ring, *seq.of_positions(ring_slots, v.device, self.window))
+            slots = seq.of_positions(ring_slots, v.device, self.window)
+            return attend_cached(q, k, v, ring, slots, seq.of_positions(ring_mask, v.device, self.window, p, v.dtype))
         if seq.masks:
             return attend_flex(q, k, v, seq.masks[q.shape[4]])
         return attend_frame_by_frame(q, k, v, self.window)
@@ -524,7 +547,7 @@ class Denoiser(nn.Module):
         self.check(x[:, None], sigma[:, None], actions, copies=1)
         seq = Sequence(1, x.shape[1], cache, commit=True)
         self.unet.encode(*self.unet_inputs(x[:, None], sigma[:, None], actions), seq)
-        cache.clock += x.shape[1]
+        cache.advance(x.shape[1])
 
     def unet_inputs(self, x, sigma, actions):
         """The frames with unit variance, folded, (b s t) c h w, and what is told of them, (b s t) e."""

@@ -170,7 +170,7 @@ def compiled(method):
             return result if result is None else result.clone()      # the graph's next run overwrites its own
         result = method(x, sigma, cache, actions)
         ran.append(True)
-        for tensor in (cache.clock, *cache.tensors.values()):
+        for tensor in (cache.clock, *cache.tensors.values(), *cache.tables.values()):
             torch._dynamo.mark_static_address(tensor, guard=False)   # or a CUDA graph would not write to it
         return result
     return call

@@ -176,7 +176,7 @@ class Stacked(Ours):
     def read(self, x, sigma, cache, actions=None):
         past = self.past_frames(x, cache)
         past.copy_(torch.cat([past, x], dim=1)[:, -self.k:])
-        cache.clock += x.shape[1]
+        cache.advance(x.shape[1])
 
     @torch.no_grad()
     def step(self, x, sigma, cache, actions=None):

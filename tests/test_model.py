@@ -407,7 +407,7 @@ def test_a_rollout_past_the_rotary_period_goes_on_as_any_other(start):
     denoiser = network(channel_mults=(1,), video_attn_resolutions=(8,), frame_attn_resolutions=(), window=2)
     x, sigma, _ = training_inputs(denoiser, frames=15)
     late = Cache()
-    late.clock += start
+    late.advance(start)
     found = frame_by_frame(denoiser, x, sigma, cache=late)
     assert late.position == start + 14
     assert_same_frames({t: found[t] for t in range(5, 15)}, denoiser(x, sigma)[0])
@@ -473,7 +473,7 @@ def test_cached_attention_is_the_dense_softmax_over_several_windows(chunks, wind
     layer, cache, found = attention(window), Cache(), []
     for parts in zip(*(x.split(chunks, dim=2) for x in (q, k, v)), strict=True):
         found.append(layer.attend(torch.stack(parts), m.Sequence(1, parts[0].shape[2], cache, commit=True)))
-        cache.clock += parts[0].shape[2]
+        cache.advance(parts[0].shape[2])
     assert farthest(torch.cat(found, dim=2), dense_attention(rotated(q, 0), rotated(k, 0), v, window)) < 1e-5
 
 
