@@ -368,8 +368,9 @@ def read_array(path):
         require(len(array.files) == 1, f"{path} holds {len(array.files)} arrays, expected one", Unusable)
         array = array[array.files[0]]
     video = array.dtype == np.uint8 and (array.ndim == 3 or array.ndim == 4 and array.shape[3] in (1, 3, 4))
-    require(video or array.dtype.kind == "f" and array.ndim == 4, f"{path} holds {array.dtype} {array.shape}: expected "
-            "uint8 frames t h w [c], or latents, floats t c h w", Unusable)
+    latents = array.dtype.kind == "f" and array.ndim == 4 and array.shape[3] != 3        # that would be colours
+    require(video or latents, f"{path} holds {array.dtype} {array.shape}: expected uint8 frames t h w [c], or latents, "
+            "floats t c h w", Unusable)
     return array[..., None] if array.ndim == 3 else array
 
 

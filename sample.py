@@ -193,11 +193,14 @@ def profile_overlap(t_a, gamma_a, t_b, gamma_b):
 
 
 def reconstruction(steps, widths, step, width):
-    """How much of each snapshot, of steps[i] and widths[i], gives the average of `width` at `step`: least squares."""
+    """How much of each snapshot, of steps[i] and widths[i], gives the average of `width` at `step`: least squares;
+    and the share of its profile, squared, that they cannot give."""
     t, gamma = np.asarray(steps, float), np.array([ema_exponent(w) for w in widths])
+    wanted = float(step), ema_exponent(width)
     gram = profile_overlap(t[:, None], gamma[:, None], t[None], gamma[None])
-    target = profile_overlap(t, gamma, float(step), ema_exponent(width))
-    return np.linalg.lstsq(gram, target, rcond=None)[0]
+    target = profile_overlap(t, gamma, *wanted)
+    amounts = np.linalg.lstsq(gram, target, rcond=None)[0]
+    return amounts, max(0.0, 1 - amounts @ target / profile_overlap(*wanted, *wanted))
 
 
 def reconstruct_ema(folder, state, width):
@@ -208,7 +211,8 @@ def reconstruct_ema(folder, state, width):
     parts = [(s["step"], w, tensors) for s in snapshots for w, tensors in s["ema"].items()]
     require(len(snapshots) > 1, f"--ema={width} is rebuilt from the snapshots ema-*.pt beside the checkpoint; {folder} "
                                 "has none of before it: use a width that the run tracked, or 0 for raw weights")
-    amounts = reconstruction([p[0] for p in parts], [p[1] for p in parts], state["step"], width)
+    amounts, missed = reconstruction([p[0] for p in parts], [p[1] for p in parts], state["step"], width)
+    print(f"width {width:g} is rebuilt from {len(snapshots)} snapshots; {missed:.1%} of it is out of their reach")
     return {name: sum(float(a) * tensors[name].float() for a, (_, _, tensors) in zip(amounts, parts, strict=True))
             for name in parts[0][2]}
 
@@ -716,7 +720,7 @@ def main(cfg):
     count = itertools.count()
     frames = (frame for frame, _ in zip(beside(clips, frames) if cfg.truth else frames, count))
     write(cfg.out, frames, cfg.context, cfg.scale, cfg.fps)
-    print(f"{cfg.out}: {cfg.samples} samples of {next(count)} frames, the first {cfg.context} given")
+    print(f"{cfg.out}: {cfg.samples} x {next(count)} frames, the first {cfg.context} given")
 
 
 if __name__ == "__main__":

@@ -142,7 +142,7 @@ def test_sampling_finds_the_checkpoint_and_writes_the_gif(workshop):
     done = ended["sample"]
     assert done.code == 0, done.err
     assert "out/mnist/checkpoint.pt, step 4" in done.out
-    assert "rollout.gif: 3 samples of 6 frames, the first 2 given" in done.out
+    assert "rollout.gif: 3 x 6 frames, the first 2 given" in done.out
     with Image.open(folder / "rollout.gif") as gif:
         assert gif.format == "GIF" and gif.n_frames == 6 and gif.info["loop"] == 0
         cell = 16 * 2 + 2  # pixels, and a border of one on either side
@@ -220,6 +220,7 @@ def test_a_rollout_can_start_from_nothing(sampled):
 def test_raw_averaged_and_rebuilt_weights_all_sample(sampled):
     made = {ema: sampled(f"{ema}.npy", ema=ema) for ema in (0, 0.05, 0.1, 0.08)}
     assert "raw weights" in made[0][0] and "averaged over 0.08" in made[0.08][0]
+    assert re.search(r"rebuilt from 2 snapshots; \d+(\.\d)?% of it is out of their reach", made[0.08][0])
     videos = [np.load(path) for _, path in made.values()]
     for i, video in enumerate(videos):
         assert all((video != other).any() for other in videos[:i])
@@ -352,7 +353,7 @@ def test_an_interrupted_rollout_keeps_the_frames_made_so_far(workshop, tmp_path)
     done = finish(process)
     assert done.code == 0, done.err
     made = np.load(tmp_path / "a.npy")
-    assert 2 < made.shape[1] < 100_000 and f"samples of {made.shape[1]} frames" in done.out
+    assert 2 < made.shape[1] < 100_000 and f"x {made.shape[1]} frames" in done.out
 
 
 def test_the_truth_may_be_shown_above_each_sample(sampled):

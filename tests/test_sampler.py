@@ -471,7 +471,8 @@ def test_an_average_of_any_width_is_rebuilt_from_snapshots_of_two(trajectory, wi
     wanted = track(trajectory, [width], every=10_000)[0][width]
     _, snapshots = track(trajectory, [0.05, 0.1], every=100)
     spread = trajectory.std(0)
-    amounts = reconstruction([step for step, _ in snapshots], [w for _, w in snapshots], 2000, width)
+    amounts, missed = reconstruction([step for step, _ in snapshots], [w for _, w in snapshots], 2000, width)
+    assert 0 <= missed < 1e-4
     rebuilt = sum(float(amount) * average for amount, average in zip(amounts, snapshots.values(), strict=True))
     assert ((rebuilt - wanted).abs() / spread).max() < 0.01
     for tracked in (0.05, 0.1):
@@ -480,7 +481,20 @@ def test_an_average_of_any_width_is_rebuilt_from_snapshots_of_two(trajectory, wi
 
 def test_the_average_of_a_tracked_width_is_its_own_snapshot():
     steps, widths = [100, 100, 200, 200], [0.05, 0.1, 0.05, 0.1]
-    assert reconstruction(steps, widths, 200, 0.1) == pytest.approx([0, 0, 0, 1], abs=1e-6)
+    amounts, missed = reconstruction(steps, widths, 200, 0.1)
+    assert amounts == pytest.approx([0, 0, 0, 1], abs=1e-6) and missed == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("width", [0.01, 0.03, 0.25])
+def test_what_snapshots_cannot_rebuild_is_the_squared_distance_of_the_profiles(width):
+    """As shares of the wanted one's square; against a sum over a fine grid of times."""
+    steps, widths = [100, 100, 200, 200], [0.05, 0.1, 0.05, 0.1]
+    amounts, missed = reconstruction(steps, widths, 200, width)
+    times = (np.arange(40_000) + 0.5) / 200
+    wanted = profile(times, 200, ema_exponent(width))
+    rebuilt = sum(a * profile(times, t, ema_exponent(w))
+                  for a, t, w in zip(amounts, steps, widths, strict=True))
+    assert missed == pytest.approx(((rebuilt - wanted) ** 2).sum() / (wanted ** 2).sum(), rel=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------

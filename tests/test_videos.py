@@ -372,6 +372,7 @@ BAD = {
     "gone.mp4": (lambda path: path.symlink_to("nowhere"), "there is no file .*gone.mp4"),
     "two.npz": (lambda path: np.savez(path, a=numbered(3), b=numbered(3)), "two.npz holds 2 arrays"),
     "two.npy": (lambda path: np.save(path, np.zeros((3, 8, 8, 2), np.uint8)), r"two.npy holds uint8 \(3, 8, 8, 2\)"),
+    "real.npy": (lambda path: np.save(path, np.zeros((4, 9, 9, 3))), r"real.npy holds float64 \(4, 9, 9, 3\)"),
     "nan.npy": (lambda path: np.save(path, np.full((3, 4, 8, 8), np.nan, np.float32)), "frame 1 .* not finite"),
     "long.npy": (of_actions(np.arange(6)), "long.actions.npy has 6 actions for 5 frames"),
     "short.npy": (of_actions(np.arange(4)), "short.actions.npy has 4 actions, and short.npy has more frames"),
