@@ -173,7 +173,7 @@ def fetch(data_dir):
 
 @functools.cache                                            # one message per process
 def find_images(data_dir):
-    """({split: path}, why MNIST is not there or None). Downloads if there is no file at all."""
+    """{split: path} of the images files. Downloads if there is no file at all."""
     reason = None if present(data_dir) else fetch(data_dir)
     files = present(data_dir)
     if len(files) < 2:
@@ -182,17 +182,17 @@ def find_images(data_dir):
         part = f"Only {only} is there: 'val' is the last tenth of its digits"
         print(f"{failed}{part if files else 'Using digits drawn with a font instead'}. For all of MNIST, put {names} "
               f"there, or let `python data.py --data_dir={data_dir}` download what is missing.", flush=True)
-    return files, reason
+    return files
 
 
 def load_digits(data_dir, split, seed):
     """(uint8 digits (n, h, w), origin in words) of 'train' or 'val', which share no digit; `seed` is the font's."""
-    files, reason = find_images(str(data_dir))
+    files = find_images(str(data_dir))
     if not files:
-        return font_digits(split, seed), f"digits drawn with Pillow's font (no MNIST: {reason})"
+        return font_digits(split, seed), "digits drawn with Pillow's font, for want of MNIST"
     if len(files) == 2:
         digits = read_idx(files[split])
-        return digits, f"MNIST {split} split, {len(digits)} digits from {data_dir}"
+        return digits, f"MNIST {split} split, {len(digits)} digits from {Path(data_dir)}"
     (path,) = files.values()
     digits = read_idx(path)
     require(len(digits) > 1, f"{path} holds one digit, which cannot be split; add the other MNIST file")

@@ -155,11 +155,12 @@ class Rollout(collections.abc.Iterator):
         self.model.read(x, x.new_full(x.shape[:2], self.context_noise), self.cache, actions)
 
 
-def compiled(method):
+def compiled(method, graphs=True):
     """A model's `step` or `read`, compiled for one frame at a time, which it is given over and over; on a GPU as one
-    CUDA graph. The first pass of all, in which weights are frozen, the first of a cache, in which layers allocate their
-    part, and longer ones run as they are."""
-    graph, ran = torch.compile(method, mode="reduce-overhead", dynamic=False, fullgraph=True), []
+    CUDA graph, if one thread alone calls it (`graphs`). The first pass of all, in which weights are frozen, the first
+    of a cache, in which layers allocate their part, and longer ones run as they are."""
+    mode, ran = "reduce-overhead" if graphs else None, []
+    graph = torch.compile(method, mode=mode, dynamic=False, fullgraph=True)
 
     def call(x, sigma, cache, actions=None):
         if ran and cache.tensors and x.shape[1] == 1:
@@ -705,7 +706,7 @@ def main(cfg):
         require(Path(cfg.out).resolve() != Path(path).resolve(), f"--out={cfg.out} is the checkpoint itself")
         return save_weights(cfg.out, model, state, width, getattr(torch, cfg.precision))
     if cfg.compile:
-        model.step, model.read = compiled(model.step), compiled(model.read)
+        model.step, model.read = (compiled(method, graphs=not cfg.play) for method in (model.step, model.read))
     if cfg.context_noise < 0:
         cfg.context_noise = state["settings"]["context_noise"] / 2
         print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")

@@ -110,7 +110,7 @@ def start_processes(cfg):
     if "RANK" not in os.environ:
         return sample.pick_device(cfg.device), 0, 1
     local_rank = int(os.environ["LOCAL_RANK"])
-    on_gpu = cfg.device in ("auto", "cuda") and torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() if cfg.device == "auto" else cfg.device != "cpu"
     device = sample.pick_device(f"cuda:{local_rank}" if on_gpu else "cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -224,12 +224,12 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             average = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
             ahead = torch.lerp(p.grad, average, group["momentum"])                       # Nesterov's
-            ahead = ahead.full_tensor() if isinstance(ahead, DTensor) else ahead
-            matrix = ahead.flatten(1) if ahead.ndim > 1 else ahead[None]
-            alike[matrix.shape].append((p, matrix))
-        for shape, pairs in alike.items():
-            parameters, matrices = zip(*pairs, strict=True)
-            for p, move in zip(parameters, orthogonal(torch.stack(matrices)) * max(shape) ** 0.5, strict=True):
+            shape = (len(p), p[0].numel()) if p.ndim > 1 else (1, len(p))
+            alike[shape].append((p, ahead))
+        for shape, pairs in alike.items():                  # sharded ones are gathered one group at a time
+            matrices = [(x.full_tensor() if isinstance(x, DTensor) else x).view(shape) for _, x in pairs]
+            moves = orthogonal(torch.stack(matrices)) * max(shape) ** 0.5
+            for (p, _), move in zip(pairs, moves, strict=True):
                 p.sub_(like(p, move.view(p.shape)), alpha=group["lr"])
 
 
@@ -285,8 +285,9 @@ def error_table(model, source, stats, cfg, device, rank=0, world_size=1):
     least `eval_context` frames of context). All levels are noised copies of one pass."""
     sigmas = torch.tensor(cfg.eval_sigmas, device=device)
     total, count = torch.zeros(len(sigmas), source.frames, device=device), torch.zeros([], device=device)
-    for first in range(rank * 8, cfg.eval_clips, world_size * 8):                        # 8 clips at a time
-        numbers = range(first, min(first + 8, cfg.eval_clips))
+    size = max(1, min(8, cfg.batch_size // (cfg.accumulate * world_size)))               # no more than training holds
+    for first in range(rank * size, cfg.eval_clips, world_size * size):
+        numbers = range(first, min(first + size, cfg.eval_clips))
         clips, actions = load_batch(source, numbers, device)
         clips = to_network(clips, stats, cfg.sigma_data)
         generators = [sample.seeded(device, cfg.seed, number, 1) for number in numbers]
@@ -479,6 +480,9 @@ class Run:
         old, new = state["settings"], vars(self.cfg)
         changed = [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
                    if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
+        before, now = (origin.replace(str(Path(settings["data_dir"])), "") for origin, settings in
+                       ((state["origin"], old), (self.source.origin, new)))              # a folder may have moved
+        changed += [f"the data were {state['origin']}, now {self.source.origin}"] if before != now else []
         require(not changed or self.cfg.init_from == "changed",
                 f"{path} is of a run with other settings: {'; '.join(changed)}. Choose another out_dir, or repeat the "
                 "run's settings to go on with it, or set --init_from=changed to go on with these")
@@ -633,7 +637,11 @@ def train(run, batches, bar, stop):
                     frames_per_second=round(steps * frames / seconds, 1))
             run.recent, began, steps = [], time.perf_counter(), 0
         if run.due(cfg.eval_interval):
-            run.evaluate()
+            try:
+                run.evaluate()
+            except Exception:                               # out of memory, say: what was learnt is not lost to that
+                run.save()
+                raise
         if run.due(cfg.checkpoint_interval):
             run.save()
 

@@ -42,7 +42,7 @@ from data import (
 from model import ModelConfig
 
 # -- what to compare
-data_dir = "data/mnist"         # folder of the MNIST files
+data_dir = ""                   # folder of the MNIST files; empty: data/mnist, or of the checkpoint's run
 regimes = ("ours", "ours4", "last", "stack1", "stack4", "whole", "independent")     # any of these
 gflop = 10800.0                 # counted operations of each training run, 1e9; about 600 steps of ours
 shorter = (0.5, 0.25, 0.125)    # shares of it that ours is trained for too, its learning rate decaying in time
@@ -323,7 +323,7 @@ def evaluate_protocol(cfg, device, given=10, predicted=10):
     model.dtype = sample.compute_dtype(device)
     settings = SimpleNamespace(**state["settings"] | {"frames": given + predicted})
     require(settings.dataset == "digits", f"{path} was trained on {settings.dataset}: the protocol is for digits")
-    settings.data_dir = cfg.data_dir
+    settings.data_dir = cfg.data_dir or settings.data_dir
     source = open_source(settings, "val")
     clips, made = load_batch(source, range(cfg.clips))[0], []
     for seed in tqdm(range(cfg.samples), desc="samples", disable=None):
@@ -412,6 +412,7 @@ def main(cfg):
     device = sample.pick_device(cfg.device)
     if cfg.protocol:
         return evaluate_protocol(cfg, device)
+    cfg.data_dir = cfg.data_dir or train.data_dir
     require(set(cfg.regimes) <= set(REGIMES), f"--regimes={','.join(cfg.regimes)}: choose from {', '.join(REGIMES)}")
     entries = [finished_entry(name, cfg, device) for name in cfg.regimes]
     if "ours" in cfg.regimes and cfg.dataset == "digits":

@@ -145,10 +145,13 @@ def draw(path, results, cfg):
 
 def main(cfg):
     device = pick_device(cfg.device)
-    model, state = load_model(cfg.checkpoint or newest_checkpoint(), cfg.ema, device)
+    path = cfg.checkpoint or newest_checkpoint()
+    model, state = load_model(path, cfg.ema, device)
     model.dtype = compute_dtype(device)
     settings = SimpleNamespace(**state["settings"] | {"frames": cfg.frames})
     settings.data_dir = cfg.data_dir or settings.data_dir
+    require(settings.dataset == "digits" and settings.digits == 1, f"{path} was trained on {settings.digits} digits of "
+            f"dataset {settings.dataset}: drift is measured on one digit; give another --checkpoint")
     torch.manual_seed(cfg.seed)
     train, val = open_source(SimpleNamespace(**vars(settings) | {"frames": 1}), "train"), open_source(settings, "val")
     net = train_classifier(train, read_labels(settings.data_dir, "train"))

@@ -680,7 +680,7 @@ def test_without_any_mirror_digits_are_drawn_and_it_is_said_once(nowhere, tmp_pa
     assert len(lines) == 1 and len(tried) == 1
     assert "refused" in lines[0] and "font" in lines[0] and TRAIN in lines[0] and str(tmp_path) in lines[0]
     for clips in (train, val):
-        assert "font" in clips.origin and "refused" in clips.origin
+        assert "font" in clips.origin and "refused" not in clips.origin            # a run may go on, whatever fails
         assert clips.clip(0)[0].max() > 100
     assert len(train.bank) == 3000 and len(val.bank) == 500
     assert list(tmp_path.iterdir()) == []

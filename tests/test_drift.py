@@ -1,6 +1,7 @@
 """The drift figures' labels belong to the digits that data.py draws, whichever MNIST files there are."""
 
 import gzip
+from types import SimpleNamespace
 
 import drift
 import numpy as np
@@ -60,3 +61,11 @@ def test_unpacked_labels_are_read(folder):
 def test_digits_without_labels_are_refused(tmp_path):
     with pytest.raises(UserError, match="have no labels"):
         drift.read_labels(tmp_path, "val")
+
+
+@pytest.mark.parametrize("changes", [{"digits": 2}, {"dataset": "world"}], ids=str)
+def test_a_checkpoint_of_anything_but_one_digit_is_refused(monkeypatch, changes):
+    settings = {"dataset": "digits", "digits": 1, "data_dir": "data/mnist"} | changes
+    monkeypatch.setattr(drift, "load_model", lambda *_: (SimpleNamespace(), {"settings": settings}))
+    with pytest.raises(UserError, match=f"of {settings['digits']} digits|{settings['digits']} digits of dataset"):
+        drift.main(SimpleNamespace(device="cpu", checkpoint="c.pt", ema=0.05, frames=4, data_dir=""))

@@ -26,7 +26,7 @@ from PIL import Image
 import sample
 import train
 from config import UserError, read_settings
-from data import Batches, load_batch, measure, open_source, to_network
+from data import Batches, find_images, load_batch, measure, open_source, to_network
 from model import Denoiser, ModelConfig
 from sample import ema_exponent
 
@@ -898,6 +898,55 @@ def test_a_run_goes_on_with_the_scale_of_the_data_it_began_with(half_done, monke
     monkeypatch.setattr(train, "measure", lambda source: {"mean": [0.9], "std": [0.01]})
     train.main(cfg)
     assert load(folder)["step"] == cfg.max_steps and load(folder)["stats"] == before
+
+
+def test_a_run_does_not_go_on_with_other_data_unasked(half_done, digits, tmp_path, capsys):
+    """Digits that were held out would be trained on, and those trained on be held out; a copy elsewhere is the same."""
+    folder, cfg = half_done
+    shutil.copytree(digits, tmp_path / "moved")
+    cfg.data_dir, cfg.max_steps, cfg.init_from = f"{tmp_path / 'moved'}/", cfg.max_steps + 1, "changed"
+    train.main(cfg)
+    assert "the data were" not in capsys.readouterr().out
+    shutil.copy(digits / "t10k-images-idx3-ubyte", tmp_path / "moved/train-images-idx3-ubyte")
+    find_images.cache_clear()                               # as in a process of its own
+    cfg.init_from = "auto"
+    message = assert_refused(cfg, folder)
+    assert "the data were MNIST, digits 0 to 35 of" in message and "now MNIST train split, 40 digits" in message
+
+
+@pytest.mark.parametrize("wish, device", [("auto", "cpu"), ("cpu", "cpu"), ("cuda", None), ("cuda:0", None)])
+def test_a_process_of_torchrun_gets_the_device_it_was_told_or_says_why_not(monkeypatch, wish, device):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0,
+                        "GROUP_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(train.dist, "rendezvous", lambda _: iter([(None, 0, 1)]))
+    monkeypatch.setattr(train.dist, "init_process_group", lambda *_, **__: None)
+    if device:
+        assert train.start_processes(SimpleNamespace(device=wish)) == (torch.device(device), 0, 1)
+    else:
+        with pytest.raises(UserError, match="device 'cuda:0' cannot be used"):
+            train.start_processes(SimpleNamespace(device=wish))
+
+
+def test_an_evaluation_that_fails_loses_no_step(tiny, tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError("no memory for the table")
+    monkeypatch.setattr(train, "error_table", fail)
+    with pytest.raises(MemoryError, match="for the table"):
+        train.main(tiny(eval_interval=3))
+    assert load(tmp_path / "run")["step"] == 3
+
+
+def test_an_evaluation_holds_no_more_clips_at_once_than_training(tiny, monkeypatch):
+    def counted(source, numbers, device):
+        sizes.append(len(numbers))
+        return load_batch(source, numbers, device)
+    sizes = []
+    monkeypatch.setattr(train, "load_batch", counted)
+    cfg = tiny(batch_size=4, accumulate=2, eval_clips=5)
+    train.error_table(*build(cfg), cfg, CPU)
+    assert sizes == [2, 2, 1]
 
 
 def test_frames_per_second_count_the_steps_since_the_last_line(tiny, tmp_path, monkeypatch):
