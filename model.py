@@ -4,7 +4,7 @@ A training pass holds every clip 1 + R times: copy s = 0 is clean, copies s = 1.
 `(b s t) c h w`: batch, copy, frame folded into one axis. Every query frame (s, t), clean or noised, sees itself
 and the clean frames before it; this one rule is all there is to the time axis, in the convolutions as in the
 attention. So a noised frame is denoised given its clean past, and all frames of the clip are trained in one pass.
-Time is mixed in the UNet's stem, encoder and middle; its decoder works on the frames to be denoised, each by itself.
+Time is mixed in the UNet's encoder and middle; its decoder works on the frames to be denoised, each by itself.
 
     EDM   Karras et al. 2022, arXiv 2206.00364      EDM2  Karras et al. 2023, arXiv 2312.02696
 """
@@ -217,7 +217,7 @@ class CausalConv(MPWeight):
         self.kernel = kernel
 
     def forward(self, x, scale, seq, gain=1.0):
-        """x: (b s t) c_in h w; scale: (b s t) c_out or 1, multiplied into the output -> of those going on, as x."""
+        """x: (b s t) c_in h w; scale: (b s t) c_out, multiplied into the output -> of those going on, as x."""
         weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
         x, scale = seq.unfold(x), seq.unfold(scale)
         if self.kernel > 1:
@@ -384,7 +384,7 @@ class Attention(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The UNet (EDM2 Figure 21, config G). Time is mixed by stem, encoder and middle, in each block's first convolution and
+# The UNet (EDM2 Figure 21, config G). Time is mixed by encoder and middle, in each block's first convolution and
 # attention. The clean frames have no other reader, so the decoder, the larger half, is spared them.
 
 @dataclass
@@ -398,8 +398,7 @@ class ModelConfig:
     frame_attn_resolutions: tuple = ()          # ... with attention within the frame
     head_dim: int = 32                          # of attention; a power of two, 16 to 64 for FlexAttention
     window: int = 8                             # frames that attention sees, the present one included
-    stem_kernel: int = 4                        # frames that the first convolution sees, the present one included
-    temporal_kernel: int = 2                    # ... and each block's first one, before the decoder
+    temporal_kernel: int = 2                    # frames that convolutions before the decoder see, with the present
     action_dim: int = 0                         # discrete: how many; continuous: vector length; 0: none
     dropout: float = 0.0
     recompute: bool = False                     # in the backward pass, what blocks computed: less memory, more time
@@ -415,9 +414,8 @@ class ModelConfig:
         for wanted in (*self.video_attn_resolutions, *self.frame_attn_resolutions):
             require(wanted in heights, f"no level has the attention resolution {wanted}: feature maps are "
                                        f"{', '.join(map(str, heights))} high")
-        require(1 <= self.window <= ROTARY_PERIOD // 2 and min(self.stem_kernel, self.temporal_kernel) >= 1, f"window "
-                f"{self.window} must be 1 to {ROTARY_PERIOD // 2} frames, stem_kernel {self.stem_kernel} and "
-                f"temporal_kernel {self.temporal_kernel} at least 1")
+        require(1 <= self.window <= ROTARY_PERIOD // 2 and self.temporal_kernel >= 1, f"window {self.window} must be 1 "
+                f"to {ROTARY_PERIOD // 2} frames and temporal_kernel {self.temporal_kernel} at least 1")
         widths = [self.channels * mult for mult in self.channel_mults]
         windows = [self.window if h in self.video_attn_resolutions else int(h in self.frame_attn_resolutions)
                    for h in heights]
@@ -462,7 +460,7 @@ class UNet(nn.Module):
         c, self.recompute = levels[0][0], cfg.recompute
         block = functools.partial(Block, c_emb=max(width for width, _ in levels), cfg=cfg)
         over_time, by_frame = cfg.temporal_kernel, 1
-        self.stem = CausalConv(c_io + 1, c, cfg.stem_kernel)            # + 1: a channel of ones stands in for biases
+        self.stem = MPConv(c, c_io + 1, 3, 3)               # + 1: a channel of ones stands in for biases
         self.encoder, self.decoder, skips = nn.ModuleList(), nn.ModuleList(), [c]
         for i, (width, window) in enumerate(levels):
             if i > 0:
@@ -489,8 +487,7 @@ class UNet(nn.Module):
 
     def encode(self, x, emb, seq):
         """x: (b s t) c h w, emb: (b s t) e -> outputs of stem and encoder, as x, and of the middle, (b r t) .."""
-        ones = torch.ones_like(x[:, :1])
-        outputs = [self.stem(torch.cat([x, ones], dim=1), ones[:, :, 0, 0], seq)]
+        outputs = [self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
         for block in self.encoder:
             outputs.append(self.run(block, outputs[-1], emb, seq))
         first, last = self.middle

@@ -64,8 +64,7 @@ video_attn_resolutions = (4,)   # feature map heights with attention, before the
 frame_attn_resolutions = ()     # ... with attention within each frame
 head_dim = 32                   # attention head dimension; a power of two, 16 to 64
 window = 8                      # frames that attention sees, the present one included
-stem_kernel = 4                 # frames that the first convolution sees, the present one included
-temporal_kernel = 2             # ... and each block's first one, before the decoder
+temporal_kernel = 2             # frames that convolutions before the decoder see, the present one included
 dropout = 0.0                   # in the residual branches
 sigma_data = 0.5                # standard deviation that frames are scaled to
 # -- loss

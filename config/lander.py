@@ -15,7 +15,7 @@ action_dropout = 0.1            # so that it also dreams on without a pilot
 patch_size = 4
 channels, channel_mults, blocks_per_level = 64, (1, 2), 1
 video_attn_resolutions, head_dim, window = (8,), 64, 16
-stem_kernel, temporal_kernel = 4, 2
+temporal_kernel = 2
 
 P_mean, P_std = -0.4, 1.4
 context_noise = 0.1

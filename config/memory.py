@@ -12,7 +12,7 @@ speed = (16.0, 16.0)            # a move is a whole frame: three by three views
 patch_size = 4
 channels, channel_mults, blocks_per_level = 32, (1, 2), 1
 video_attn_resolutions, window, head_dim = (4, 2), 12, 16
-stem_kernel, temporal_kernel = 1, 2
+temporal_kernel = 2
 
 # only where noise hides nearly everything does it pay to remember
 P_mean, P_std = 1.0, 1.2

@@ -9,7 +9,7 @@ speed, whole_pixels, bounce = (1.4, 1.5), True, "reflect"     # one pixel across
 patch_size = 2
 channels, channel_mults, blocks_per_level = 32, (1, 1, 2), 1
 video_attn_resolutions, window = (4,), 8
-stem_kernel, temporal_kernel = 4, 2
+temporal_kernel = 2
 
 # what the past decides shows at high noise levels, so train there more than images would want
 P_mean, P_std = 0.0, 1.5

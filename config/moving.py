@@ -13,7 +13,7 @@ speed, whole_pixels, bounce = (3.6, 3.6), False, "reflect"    # as published: an
 patch_size = 4
 channels, channel_mults, blocks_per_level = 32, (1, 1, 2), 1
 video_attn_resolutions, window = (4,), 10
-stem_kernel, temporal_kernel = 4, 2
+temporal_kernel = 2
 
 P_mean, P_std = 0.0, 1.5
 context_noise = 0.1

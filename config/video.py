@@ -11,7 +11,7 @@ frames, frame_size = 32, 64
 patch_size = 2
 channels, channel_mults, blocks_per_level = 128, (1, 2, 4), 2
 video_attn_resolutions, head_dim, window = (16, 8), 64, 16
-stem_kernel, temporal_kernel = 4, 2
+temporal_kernel = 2
 
 # one clean copy serves two noised ones; a little noise on it steadies long rollouts
 noised_copies = 2

@@ -12,7 +12,7 @@ speed = (4.0, 4.0)              # a move is two patches: four pixels
 patch_size = 2
 channels, channel_mults, blocks_per_level = 16, (1, 2, 4), 1
 video_attn_resolutions, window = (4,), 12
-stem_kernel, temporal_kernel = 1, 2
+temporal_kernel = 2
 
 P_mean, P_std = 0.0, 1.5
 context_noise = 0.1

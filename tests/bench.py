@@ -118,10 +118,9 @@ def model_of(cfg, **changes):
 
 
 def image_model(cfg):
-    """No past: kernels of one frame, and attention within each frame where there was attention over the past."""
+    """No past: temporal kernel 1, and attention within each frame where there was attention over the past."""
     resolutions = (*cfg.video_attn_resolutions, *cfg.frame_attn_resolutions)
-    changes = {"video_attn_resolutions": (), "frame_attn_resolutions": resolutions}
-    return model_of(cfg, stem_kernel=1, temporal_kernel=1, **changes)
+    return model_of(cfg, temporal_kernel=1, video_attn_resolutions=(), frame_attn_resolutions=resolutions)
 
 
 def image_loss(model, images, noise, cfg):

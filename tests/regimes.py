@@ -104,9 +104,9 @@ class WholeClip(Ours):
     told = TOLD[::2]                                        # each costs a pass per frame
 
     def __init__(self, cfg):
-        super().__init__(replace(cfg, stem_kernel=3, temporal_kernel=3))
+        super().__init__(replace(cfg, temporal_kernel=3))
         kinds = {CausalConv: BothWaysConv, Attention: BothWaysAttention}
-        for module in (self.unet.stem, *self.unet.encoder.modules(), *self.unet.middle.modules()):
+        for module in (*self.unet.encoder.modules(), *self.unet.middle.modules()):
             module.__class__ = kinds.get(type(module), type(module))            # and keeps its weights
 
     def loss(self, clips, actions, noise, cfg):
@@ -150,8 +150,8 @@ class Stacked(Ours):
     def __init__(self, cfg, k):
         c, *size = cfg.frame_shape
         attention = (*cfg.video_attn_resolutions, *cfg.frame_attn_resolutions)
-        super().__init__(replace(cfg, frame_shape=((1 + k) * c, *size), stem_kernel=1, temporal_kernel=1,
-                                 video_attn_resolutions=(), frame_attn_resolutions=attention))
+        super().__init__(replace(cfg, frame_shape=((1 + k) * c, *size), temporal_kernel=1, video_attn_resolutions=(),
+                                 frame_attn_resolutions=attention))
         self.k, self.frame_channels, outputs = k, c, c * cfg.patch_size ** 2
         self.unet.head = FrameHead(outputs, cfg.channels, 3, 3)
         self.unet.head.unread = k * outputs

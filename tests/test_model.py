@@ -26,8 +26,8 @@ def network(seed=0, **changes):
     torch.manual_seed(seed)
     settings = {
         "frame_shape": (1, 8, 8), "patch_size": 1, "channels": 16, "channel_mults": (1, 2), "head_dim": 16,
-        "video_attn_resolutions": (4,), "frame_attn_resolutions": (8,), "window": 3, "stem_kernel": 3,
-        "temporal_kernel": 2, "sigma_data": 0.8,
+        "video_attn_resolutions": (4,), "frame_attn_resolutions": (8,), "window": 3, "temporal_kernel": 2,
+        "sigma_data": 0.8,
     }
     denoiser = Denoiser(ModelConfig(**settings | changes)).eval().requires_grad_(False)
     gains = {name: p for name, p in denoiser.named_parameters() if name.endswith(("gain", "sharpness"))}
@@ -164,8 +164,7 @@ def case(request):
     """(network, inputs for six clips, outputs): one and two noised copies, a window within and beyond the clip."""
     copies, window, kernel = request.param
     blocks = 2 if kernel == 1 else 1                        # three attentions alone reach over the whole clip
-    stem = 1 if kernel == 1 else 6 - kernel
-    denoiser = network(window=window, stem_kernel=stem, temporal_kernel=kernel, action_dim=4, blocks_per_level=blocks)
+    denoiser = network(window=window, temporal_kernel=kernel, action_dim=4, blocks_per_level=blocks)
     inputs = training_inputs(denoiser, copies, FRAMES, b=6)
     outputs = denoiser(*inputs)[0]
     assert 0.3 < rms(outputs) < 3
@@ -543,7 +542,7 @@ def test_a_missing_past_does_not_shrink_a_causal_convolution(kernel):
 
 
 def test_a_single_frame_is_what_a_step_with_an_empty_cache_gives():
-    denoiser = network(stem_kernel=1, temporal_kernel=1)
+    denoiser = network(temporal_kernel=1)
     x, sigma, _ = training_inputs(denoiser, frames=1)
     expected = denoiser(x, sigma)[0]
     assert farthest(denoiser.step(x[:, 1], sigma[:, 1], Cache()), expected[:, 0]) < 3e-6
@@ -553,7 +552,7 @@ def test_a_single_frame_is_what_a_step_with_an_empty_cache_gives():
 
 @pytest.mark.parametrize("kernel", [1, 2])
 def test_a_first_frame_is_processed_alike_as_clean_and_as_noised(kernel):
-    denoiser = network(stem_kernel=kernel, temporal_kernel=kernel)
+    denoiser = network(temporal_kernel=kernel)
     x, sigma, _ = training_inputs(denoiser, copies=2, frames=1)
     x, sigma = x[:, 1:2].expand_as(x), sigma[:, 1:2].expand_as(sigma)
     for clean, noised in features(denoiser, x, sigma):
@@ -565,7 +564,7 @@ def test_a_first_frame_is_processed_alike_as_clean_and_as_noised(kernel):
 
 
 def test_without_a_view_of_the_past_every_frame_is_an_image():
-    denoiser = network(stem_kernel=1, temporal_kernel=1, window=1)
+    denoiser = network(temporal_kernel=1, window=1)
     x, sigma, _ = training_inputs(denoiser, copies=2, frames=5)
     images = denoiser(x.permute(0, 2, 1, 3, 4, 5).flatten(0, 1)[:, :, None], sigma.mT.flatten(0, 1)[:, :, None])[0]
     assert farthest(denoiser(x, sigma)[0].transpose(1, 2).flatten(0, 1), images[:, :, 0]) < 1e-6
@@ -989,7 +988,6 @@ def test_several_noised_frames_at_once_are_refused_and_the_cache_stays_as_it_was
     ({"window": 0}, ["window 0"]),
     ({"window": m.ROTARY_PERIOD}, [f"window {m.ROTARY_PERIOD}"]),
     ({"temporal_kernel": 0}, ["temporal_kernel 0"]),
-    ({"stem_kernel": 0}, ["stem_kernel 0"]),
 ], ids=str)
 def test_settings_that_cannot_work_are_refused(changes, named):
     settings = {"frame_shape": (1, 8, 8), "patch_size": 2 if changes.get("frame_shape") == (1, 8, 10) else 1,
