@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 import webbrowser
 import zipfile
 from pathlib import Path
@@ -157,20 +158,20 @@ class Rollout(collections.abc.Iterator):
 
 def compiled(method, graphs=True):
     """A model's `step` or `read`, compiled for one frame at a time, which it is given over and over; on a GPU as one
-    CUDA graph, if one thread alone calls it (`graphs`). The first pass of all, in which weights are frozen, the first
-    of a cache, in which layers allocate their part, and longer ones run as they are."""
-    mode, ran = "reduce-overhead" if graphs else None, []
+    CUDA graph, if one thread alone calls it (`graphs`). A cache's first pass, in which layers allocate their part and
+    weights are frozen, and passes of several frames run as they are."""
+    mode, seen = "reduce-overhead" if graphs else None, weakref.WeakSet()
     graph = torch.compile(method, mode=mode, dynamic=False, fullgraph=True)
 
     def call(x, sigma, cache, actions=None):
-        if ran and cache.tensors and x.shape[1] == 1:
+        if cache in seen and x.shape[1] == 1:
             try:
                 result = graph(x, sigma, cache, actions)
             except torch._inductor.exc.InductorError as error:
                 raise UserError(f"--compile needs a C++ compiler on a CPU: {str(error).splitlines()[0]}") from error
             return result if result is None else result.clone()      # the graph's next run overwrites its own
         result = method(x, sigma, cache, actions)
-        ran.append(True)
+        seen.add(cache)
         for tensor in (cache.clock, *cache.tensors.values(), *cache.tables.values()):
             torch._dynamo.mark_static_address(tensor, guard=False)   # or a CUDA graph would not write to it
         return result

@@ -372,6 +372,19 @@ def test_a_compiled_rollout_is_the_same_from_two_graphs(model, context, monkeypa
     assert (expected[0] - expected[1]).abs().max() > 0.1
 
 
+def test_a_model_that_mixes_no_time_is_compiled_too(monkeypatch):
+    """Its layers keep nothing in the cache."""
+    compiled, compiler = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda method, mode, **how: compiler(
+        method, backend=lambda graph, _: compiled.append(graph) or graph, **how))
+    torch._dynamo.reset()
+    model = Denoiser(ModelConfig(frame_shape=(1, 8, 8), channels=16, channel_mults=(1,), temporal_kernel=1,
+                                 video_attn_resolutions=())).eval().requires_grad_(False)
+    model.step = sampling.compiled(model.step)
+    take(Rollout(model, torch.zeros(1, 0, 1, 8, 8), LEVELS), 3)
+    assert len(compiled) == 1
+
+
 @pytest.mark.gpu
 def test_a_rollout_of_cuda_graphs_is_the_same(model, context):
     model, context = model.cuda(), context.cuda()
