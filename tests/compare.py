@@ -369,7 +369,7 @@ def draw_efficiency(figure, entries):
         axis.set(xscale="log", yscale="log", xlabel=label)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("held-out denoising error given the clean past\n(share of data variance, geometric mean)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def draw_memory(figure, entries):
