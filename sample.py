@@ -224,7 +224,7 @@ def reconstruct_ema(folder, state, width):
 
 VERSION = 5                                                 # of checkpoints; a new one when old ones cannot be read
 WEIGHT_KEYS = ("version", "step", "settings", "model_config", "stats", "model")          # all that sampling needs
-CHECKPOINT_KEYS = (*WEIGHT_KEYS, "optimizer", "ema", "recent")
+CHECKPOINT_KEYS = (*WEIGHT_KEYS, "origin", "optimizer", "ema", "recent")
 
 
 def load_file(path, keys):

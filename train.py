@@ -640,7 +640,8 @@ def train(run, batches, bar, stop):
             try:
                 run.evaluate()
             except Exception:                               # out of memory, say: what was learnt is not lost to that
-                run.save()
+                if not cfg.shard:                           # such a save needs all processes, and others may be well
+                    run.save()
                 raise
         if run.due(cfg.checkpoint_interval):
             run.save()

@@ -241,7 +241,7 @@ def test_weights_alone_sample_like_their_checkpoint(command, sampled, workshop, 
     shutil.copy(path, tmp_path / "run/checkpoint.pt")
     (tmp_path / "run/checkpoint-previous.pt").unlink()
     refused = command(workshop[0], "train.py", *flags(SHORT | {"out_dir": tmp_path / "run"}))
-    assert_refused(refused, "checkpoint.pt", "it has no ema, optimizer, recent")        # nothing to go on training with
+    assert_refused(refused, "checkpoint.pt", "it has no ema, optimizer, origin, recent")  # no training
 
 
 def test_a_width_that_was_not_tracked_needs_snapshots(command, workshop, tmp_path):
