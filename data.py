@@ -35,7 +35,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from tqdm import tqdm
 
-from config import UserError, require, run
+from config import UserError, at_least, one_of, require, run
 
 # -- preparing clips
 src = ""                    # folder of films, GIFs, arrays and folders of pictures
@@ -230,8 +230,8 @@ def draw_velocity(rng, low, high, whole_pixels, across=slice(0)):
 def check_digits(cfg, split):
     """UserError for settings that digits cannot be drawn with."""
     require(split in FILES, f"split={split!r}: choose 'train' or 'val'")
-    for name, least in (("frames", 1), ("digits", 1), ("digit_size", 1), ("seed", 0)):
-        require(getattr(cfg, name) >= least, f"{name}={getattr(cfg, name)}: set {least} or more")
+    at_least(cfg, 1, "frames", "digits", "digit_size")
+    at_least(cfg, 0, "seed")
     require(cfg.digit_size <= cfg.frame_size, f"digit_size={cfg.digit_size}: at most frame_size={cfg.frame_size}")
 
 
@@ -254,7 +254,7 @@ class MovingDigits:
 
     def __init__(self, cfg, split):
         check_digits(cfg, split)
-        require(cfg.bounce in ("reflect", "random"), f"bounce={cfg.bounce!r}: choose 'reflect' or 'random'")
+        one_of(cfg, bounce=("reflect", "random"))
         is_range = len(cfg.speed) == 2 and 0 <= cfg.speed[0] <= cfg.speed[1] < np.inf
         require(is_range, f"speed={cfg.speed!r}: set (lo, hi), 0 <= lo <= hi, as in --speed=1,3")
         require(not cfg.whole_pixels or len(whole_velocities(*cfg.speed)),
@@ -600,9 +600,9 @@ def check_prepare(cfg):
     """UserError for settings that cannot work, and for a folder prepared with others."""
     require(not (cfg.src and cfg.env), "give --src (files) or --env (a gymnasium environment), not both")
     require(math.isfinite(cfg.fps), f"--fps={cfg.fps}: a finite number")
-    least = dict(size=1, fps=0, episodes=1, max_frames=2, min_frames=2, workers=0, seed=0)
-    for name, value in least.items():
-        require(getattr(cfg, name) >= value, f"--{name}={getattr(cfg, name)}: set {value} or more")
+    at_least(cfg, 2, "max_frames", "min_frames")
+    at_least(cfg, 1, "size", "episodes")
+    at_least(cfg, 0, "fps", "workers", "seed")
     require(cfg.channels in (1, 3), f"--channels={cfg.channels}: 1 (grey) or 3 (RGB)")
     require(0 < cfg.val_share < 1, f"--val_share={cfg.val_share}: between 0 and 1")
     require(not cfg.src or os.path.isdir(cfg.src), f"--src={cfg.src}: there is no such folder")
@@ -680,7 +680,7 @@ class VideoClips:
                                                   f"`python data.py --src=FOLDER_OF_VIDEOS --out={folder}`")
         self.meta, self.folder, self.cfg, self.frames = read_json(folder / "meta.json"), folder, cfg, cfg.frames
         self.span, self.flip = (cfg.frames - 1) * cfg.stride + 1, cfg.flip and split == "train"
-        require(cfg.frames > 0 and cfg.stride > 0, f"frames={cfg.frames}, stride={cfg.stride}: set 1 or more")
+        at_least(cfg, 1, "frames", "stride")
         self.clips = [clip for clip in self.meta[split] if clip[1] >= self.span]
         require(self.clips, f"data_dir={folder}: none of its {len(self.meta[split])} {split} clips has the {self.span} "
                             "frames that `frames` and `stride` ask for: set them lower, or prepare more videos")

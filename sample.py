@@ -31,7 +31,7 @@ from einops import rearrange
 from PIL import GifImagePlugin, Image
 from tqdm import tqdm
 
-from config import UserError, require, run
+from config import UserError, at_least, one_of, require, run
 from data import decode, fit, load_batch, open_source, replacing, to_network, to_pixels
 from model import Cache, Denoiser, ModelConfig
 
@@ -634,14 +634,11 @@ def rollout_settings(cfg):
 
 def check_settings(cfg):
     """UserError before any work is done."""
-    for name, least in (("frames", 1), ("samples", 1), ("context", 0), ("first_clip", 0), ("steps", 1), ("seed", 0),
-                        ("fps", 1), ("scale", 1), ("churn", 0), ("context_noise", -1), ("temperature", 0)):
-        require(getattr(cfg, name) >= least, f"--{name}={getattr(cfg, name)}: must be at least {least}")
+    at_least(cfg, 1, "frames", "samples", "steps", "fps", "scale")
+    at_least(cfg, 0, "context", "first_clip", "seed", "churn", "temperature")
     for name, value in vars(cfg).items():
         require(not isinstance(value, float) or math.isfinite(value), f"--{name}={value}: must be a finite number")
-    for name, choices in (("solver", ("euler", "heun")), ("precision", ("bfloat16", "float32")),
-                          ("split", ("train", "val"))):
-        require(getattr(cfg, name) in choices, f"--{name}={getattr(cfg, name)}: choose {' or '.join(choices)}")
+    one_of(cfg, solver=("euler", "heun"), precision=("bfloat16", "float32"), split=("train", "val"))
     require(0 < cfg.sigma_min < cfg.sigma_max and cfg.rho >= 0.1, f"--sigma_min={cfg.sigma_min} "
             f"--sigma_max={cfg.sigma_max} --rho={cfg.rho}: sigma_min above 0 and below sigma_max, rho 0.1 or more")
     require(cfg.context_noise in (-1, abs(cfg.context_noise)), f"--context_noise={cfg.context_noise}: 0 or more, or -1")

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import sample
-from config import UserError, require
+from config import UserError, at_least, one_of, require
 from config import run as run_script
 from data import Batches, load_batch, measure, open_source, replacing, to_network
 from model import Denoiser, ModelConfig
@@ -393,12 +393,13 @@ def draw_log(folder):
 
 def check_settings(cfg):
     """UserError for what would otherwise fail late, or silently do nothing."""
-    for least, names in ((1, ("max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval",
-                              "channels", "patch_size", "accumulate", "max_skipped", "ref_steps", "picture_steps")),
-                         (0, ("seed", "blocks_per_level", "eval_interval", "eval_context", "context_noise",
-                              "action_dropout", "dropout"))):
-        for name in names:
-            require(getattr(cfg, name) >= least, f"{name}={getattr(cfg, name)}: must be at least {least}")
+    at_least(cfg, 1, "max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval", "channels",
+             "patch_size", "accumulate", "max_skipped", "ref_steps", "picture_steps")
+    at_least(cfg, 0, "seed", "blocks_per_level", "eval_interval", "eval_context", "context_noise", "action_dropout",
+             "dropout")
+    for name in ("frames", "picture_frames"):
+        require(getattr(cfg, name) > cfg.eval_context,
+                f"{name}={getattr(cfg, name)}: must be more than eval_context={cfg.eval_context}")
     for name in ("grad_clip", "sigma_data", "lr"):
         require(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)}: must be above 0; grad_clip=inf clips nothing")
     for name in ("eval_sigmas", "ema_widths", "channel_mults"):
@@ -406,12 +407,7 @@ def check_settings(cfg):
                                                                     "numbers above 0")
     require(max(cfg.ema_widths) <= 0.25, f"ema_widths={cfg.ema_widths}: shares of the run, at most 0.25")
     require(max(cfg.dropout, cfg.action_dropout) <= 1, "dropout and action_dropout are shares, at most 1")
-    for name, choices in (("init_from", ("auto", "changed", "scratch")), ("decay", ("linear", "sqrt")),
-                          ("optimizer", ("muon", "adam"))):
-        require(getattr(cfg, name) in choices, f"{name}={getattr(cfg, name)!r}: choose {' or '.join(choices)}")
-    for name in ("frames", "picture_frames"):
-        require(getattr(cfg, name) > cfg.eval_context,
-                f"{name}={getattr(cfg, name)}: must be more than eval_context={cfg.eval_context}")
+    one_of(cfg, init_from=("auto", "changed", "scratch"), decay=("linear", "sqrt"), optimizer=("muon", "adam"))
     require(not (cfg.shard and cfg.compile), "shard=True and compile=True have not been made to work together: set one")
     require(not cfg.shard or "RANK" in os.environ, "shard=True shards over the processes that torchrun starts, and "
                                                    "there is only this one: use torchrun, or leave it out")

@@ -25,6 +25,16 @@ def require(condition, message, kind=UserError):
         raise kind(message)
 
 
+def at_least(cfg, least, *names):
+    for name in names:
+        require(getattr(cfg, name) >= least, f"{name}={getattr(cfg, name)}: must be at least {least}")
+
+
+def one_of(cfg, **choices):
+    for name, words in choices.items():
+        require(getattr(cfg, name) in words, f"{name}={getattr(cfg, name)!r}: choose {' or '.join(words)}")
+
+
 def plain_settings(names):
     """Without modules, functions, _private names and CONSTANTS."""
     return {key: value for key, value in names.items() if not key.startswith("_") and not key.isupper()

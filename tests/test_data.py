@@ -310,7 +310,7 @@ IMPOSSIBLE = [
     (dict(speed=(2,)), "speed", "(lo, hi)"),
     (dict(speed=(1, 2, 3)), "speed", "(lo, hi)"),
     (dict(speed=(0.2, 0.8)), "speed", "whole_pixels=False"),
-    (dict(bounce="wrap"), "bounce", "'reflect'"),
+    (dict(bounce="wrap"), "bounce", "reflect"),
     (dict(seed=-1), "seed", "0"),
 ]
 

@@ -472,8 +472,8 @@ def test_discrete_and_continuous_actions_do_not_mix(here, length):
 
 
 @pytest.mark.parametrize("changes, named", [
-    (dict(src="nowhere"), "no such folder"), (dict(size=0), "--size=0"), (dict(channels=2), "--channels=2"),
-    (dict(env="CartPole-v1"), "not both"), (dict(val_share=1.0), "--val_share"), (dict(fps=-1.0), "--fps"),
+    (dict(src="nowhere"), "no such folder"), (dict(size=0), "size=0"), (dict(channels=2), "--channels=2"),
+    (dict(env="CartPole-v1"), "not both"), (dict(val_share=1.0), "--val_share"), (dict(fps=-1.0), "fps=-1"),
     (dict(), "no film, GIF, array or picture"),
 ])
 def test_settings_that_cannot_work_are_named(here, changes, named):
