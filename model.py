@@ -315,11 +315,12 @@ def compiled_flex_attention():
     return torch.compile(flex_attention, dynamic=False)     # uncompiled it would build the full score matrix
 
 
-def attend_flex(q, k, v, mask, flex=None):
+def attend_flex(q, k, v, mask):
     """The GPU path: block-sparse FlexAttention over the whole sequence, `mask` being its `block_mask`."""
     _, s, t, _, p, _ = q.shape
     q, k, v = (rearrange(x, "b s t m p d -> b m (s t p) d").contiguous() for x in (q, k, v))
-    out = (flex or compiled_flex_attention())(q, k, v, block_mask=mask)
+    flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
+    out = flex(q, k, v, block_mask=mask)
     return rearrange(out, "b m (s t p) d -> b s t m p d", s=s, t=t)
 
 

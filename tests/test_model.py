@@ -436,21 +436,19 @@ def test_attention_frame_by_frame_is_the_dense_softmax_with_its_gradients(shape,
 @pytest.mark.parametrize("window", [1, 3, "all"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
-def test_flex_attention_is_the_dense_softmax(shape, window):
-    from torch.nn.attention.flex_attention import flex_attention
+def test_flex_attention_is_the_dense_softmax(monkeypatch, shape, window):
+    monkeypatch.setattr(m, "compiled_flex_attention", lambda: m.flex_attention)
     window = shape[1] if window == "all" else window
     qkv = attention_inputs(*shape)
     with torch.no_grad():
-        found = m.attend_flex(*qkv, m.block_mask(*shape, window, qkv[0].device), flex=flex_attention)
+        found = m.attend_flex(*qkv, m.block_mask(*shape, window, qkv[0].device))
         assert farthest(found, dense_attention(*qkv, window)) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
-def test_a_network_with_the_masks_of_a_gpu_computes_the_same(monkeypatch):
+def test_a_network_with_the_masks_of_a_gpu_computes_the_same():
     """Attention at two resolutions of frames that are no squares; its UNet, compiled, makes no mask of its own."""
-    from torch.nn.attention.flex_attention import flex_attention
     graphs = []
-    monkeypatch.setattr(m, "compiled_flex_attention", lambda: flex_attention)
     denoiser = network(frame_shape=(1, 8, 16), video_attn_resolutions=(8, 4), frame_attn_resolutions=())
     x, sigma, _ = training_inputs(denoiser, copies=2)
     expected = denoiser(x, sigma)[0]
