@@ -417,7 +417,12 @@ def check_settings(cfg):
 
 def build_model(cfg, source, device):
     fields = {name: getattr(cfg, name) for name in ModelConfig.__dataclass_fields__ if hasattr(cfg, name)}
-    return Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim, **fields)).to(device)
+    model = Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim, **fields))
+    values, channels = source.shape[0] * cfg.patch_size ** 2, cfg.channels * cfg.channel_mults[0]
+    require(values <= channels, f"patch_size={cfg.patch_size}: a patch holds {values} values, and {channels} channels "
+                                "at the finest level cannot tell the noise of all, so that some would stay: set more "
+                                "channels, or a smaller patch_size")
+    return model.to(device)
 
 
 def compiled(model):

@@ -1328,6 +1328,13 @@ def test_a_setting_that_cannot_work_is_one_line_that_names_it(tiny, tmp_path, ke
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_fewer_channels_than_a_patch_has_values_are_refused(tiny, tmp_path):
+    """They cannot carry its noise, which would stay in every frame: seen on RGB patches of 4 x 4 in 32 channels."""
+    train.build_model(tiny(), open_source(tiny(), "val"), CPU)           # 16 in 16
+    with pytest.raises(UserError, match="16 values, and 8 channels"):
+        train.main(tiny(channels=8, head_dim=8))
+
+
 def test_a_folder_that_cannot_be_written_is_one_line_that_names_it(tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file" / "run", Path("/proc/run")):       # /proc: nobody may make a folder there
