@@ -477,7 +477,7 @@ class UNet(nn.Module):
                 c = width
             if i > 0:
                 self.decoder.append(block(c, c, kernel=by_frame, resample=nn.Upsample(scale_factor=2)))
-        self.head = MPConv(2 * c_io, c, 3, 3)
+        self.head = MPConv(c_io, c, 3, 3)
         self.head_gain = nn.Parameter(torch.zeros(1))
 
     def run(self, block, *inputs):
@@ -563,9 +563,8 @@ class Denoiser(nn.Module):
             seq.masks = self.block_masks(seq, x.device)
         f = self.unet(*self.unet_inputs(x, sigma, actions), seq).float()
         x, sigma = seq.noised(x), seq.noised(sigma)
-        f, gate = rearrange(f, "(b r t) (two c y x) h w -> two b r t c (h y) (w x)", two=2, r=x.shape[1], y=n, x=n)
+        f = rearrange(f, "(b r t) (c y x) h w -> b r t c (h y) (w x)", r=x.shape[1], t=x.shape[2], y=n, x=n)
         c_in = (sigma ** 2 + sd ** 2).rsqrt()[..., None, None, None]
-        f = f + gate * x * c_in * (sd * c_in) ** 2
         return x * (sd * c_in) ** 2 + f * (sigma[..., None, None, None] * sd * c_in)
 
     def block_masks(self, seq, device):
