@@ -222,11 +222,14 @@ class CausalConv(MPWeight):
         x, scale = seq.unfold(x), seq.unfold(scale)
         if self.kernel > 1:
             past = self.past(x, weight[1:], seq)[:, None].expand(-1, seq.copies, -1, -1, -1, -1)
-            scale = scale * seq.of_positions(past_gain, x.device, self.kernel, scale.dtype)
+            scale = scale * self.table(x, seq)
         scale = seq.going_on(scale)
         y = F.conv2d(seq.going_on(x).flatten(0, 2), weight[0], padding=1).unflatten(0, scale.shape[:3])
         y = y + seq.going_on(past) if self.kernel > 1 else y
         return (y * scale[..., None, None]).flatten(0, 2)
+
+    def table(self, x, seq):
+        return seq.of_positions(past_gain, x.device, self.kernel, x.dtype)
 
     def scale(self, dtype, gain):
         return super().scale(dtype, gain).transpose(0, 1).contiguous()                  # k c_out c_in 3 3
@@ -312,7 +315,8 @@ def block_mask(copies, frames, positions, window, device):
 
 @functools.cache
 def compiled_flex_attention():
-    return torch.compile(flex_attention, dynamic=False)     # uncompiled it would build the full score matrix
+    torch._dynamo.config.recompile_limit = 64               # of shapes: beyond it, as if not compiled, the full score
+    return torch.compile(flex_attention, dynamic=False)     # matrix would be built
 
 
 def attend_flex(q, k, v, mask):
@@ -369,11 +373,14 @@ class Attention(nn.Module):
         y = rearrange(y, "b s t m (h w) d -> (b s t) (m d) h w", h=x.shape[2])
         return torch.add(self.out(y, BRANCH), x, alpha=TRUNK)
 
+    def table(self, x, seq):
+        return seq.of_positions(rotation, x.device, self.head_dim // 2, x.dtype)
+
     def attend(self, qkv, seq):
         if self.window == 1:
             return F.scaled_dot_product_attention(*qkv.flatten(1, 3)).view_as(qkv[0])
         q_and_k, (v,) = qkv.split([2, 1])
-        q, k = rotate(q_and_k, *seq.of_positions(rotation, v.device, self.head_dim // 2, v.dtype))
+        q, k = rotate(q_and_k, *self.table(v, seq))
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
             ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)
@@ -489,6 +496,10 @@ class UNet(nn.Module):
     def encode(self, x, emb, seq):
         """x: (b s t) c h w, emb: (b s t) e -> outputs of stem and encoder, as x, and of the middle, (b r t) .."""
         outputs = [self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
+        if not seq.cache:                                   # torch.compile forbids `run` to keep what it computes
+            for layer in (*self.encoder.modules(), *self.middle.modules()):
+                if isinstance(layer, CausalConv | Attention):
+                    layer.table(x, seq)
         for block in self.encoder:
             outputs.append(self.run(block, outputs[-1], emb, seq))
         first, last = self.middle

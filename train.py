@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -125,6 +126,12 @@ def sum_over_ranks(x):
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def anywhere(happened, device):
+    """Whether it has happened, in this process or in another one."""
+    return sum_over_ranks(torch.tensor(bool(happened), device=device, dtype=torch.int)) > 0 if dist.is_initialized() \
+        else bool(happened)
 
 
 def whole(tree):
@@ -447,8 +454,9 @@ class Run:
         self.model = build_model(cfg, self.source, self.device)
         self.model.dtype = sample.compute_dtype(self.device)
         if cfg.shard:                                       # a block's weights are gathered while it runs (FSDP)
+            mesh = init_device_mesh(self.device.type, (self.world_size,))
             for block in (*self.model.unet.encoder, *self.model.unet.middle, *self.model.unet.decoder, self.model):
-                fully_shard(block)
+                fully_shard(block, mesh=mesh)
         self.optimizer = make_optimizer(self.model, cfg)
         self.ema = PowerEMA(self.model, cfg.ema_widths)
         self.step, self.recent = 0, []                      # steps done; losses since the last line of the log
@@ -532,7 +540,8 @@ class Run:
         """Everything that resuming and sampling need, in checkpoint.pt; every `checkpoint_interval` steps the
         averages too, in a file of their own, for reconstructing other widths."""
         state = {"version": sample.VERSION, "step": self.step, "settings": vars(self.cfg), "stats": self.stats,
-                 "model_config": asdict(self.model.cfg), "origin": self.source.origin, "recent": self.recent,
+                 "model_config": asdict(self.model.cfg), "origin": self.source.origin,
+                 "recent": [float(loss) for loss in self.recent],
                  "model": whole(self.model.state_dict()), "optimizer": whole(self.optimizer.state_dict()),
                  "ema": whole(self.ema.averages)}
         if self.rank > 0:
@@ -619,7 +628,7 @@ def train(run, batches, bar, stop):
     """Steps until the end, or until any process was asked to stop."""
     cfg, began, skipped = run.cfg, time.perf_counter(), 0
     frames, steps = cfg.batch_size * cfg.noised_copies * run.source.frames, 0             # of a step; since `began`
-    while run.step < cfg.max_steps and not sum_over_ranks(torch.tensor(len(stop), device=run.device)):
+    while run.step < cfg.max_steps and not anywhere(stop, run.device):
         if cfg.dropout:
             torch.manual_seed(cfg.seed + run.step * run.world_size + run.rank)
         loss = gradients(run.network, batches, cfg, run.stats, run.device)
@@ -629,10 +638,10 @@ def train(run, batches, bar, stop):
                                             f"{run.path} is of before. Lower lr, or look at the clips named above")
         run.step, steps = run.step + 1, steps + 1
         run.ema.update(run.step)
-        run.recent.append((sum_over_ranks(loss) / run.world_size).item())
+        run.recent.append(sum_over_ranks(loss) / run.world_size)        # no number until logged: a GPU need not wait
         bar.update()
         if run.step % cfg.log_interval == 0:
-            mean, seconds = sum(run.recent) / len(run.recent), time.perf_counter() - began
+            mean, seconds = sum(map(float, run.recent)) / len(run.recent), time.perf_counter() - began
             bar.set_postfix(loss=f"{mean:.3f}")
             run.log(step=run.step, loss=mean, grad_norm=norm, lr=learning_rate(run.step - 1, cfg),
                     frames_per_second=round(steps * frames / seconds, 1))

@@ -73,7 +73,7 @@ def best_times(functions, device, repeats):
             began = time.perf_counter()
             function()
             if device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(device)
             best[name] = min(best[name], 1e3 * (time.perf_counter() - began) if i else float("inf"))
     return best
 
@@ -170,9 +170,14 @@ def image_step(cfg, images, device):
     return Step(image_model(cfg), images, loss, cfg, device)
 
 
+def uncompiled(cfg):
+    """To count with: compiled code that runs under a counter is never compiled again, for other steps either."""
+    return SimpleNamespace(**vars(cfg) | {"compile": False})
+
+
 def train_table(cfg, device):
     product, product_flops = matmul(device)
-    shape, rows = model_of(cfg).cfg.frame_shape, []
+    shape, rows, plain = model_of(cfg).cfg.frame_shape, [], uncompiled(cfg)
     for copies in (1, 4) if cfg.quick else (1, 2, 4):
         for frames in (8, 16) if cfg.quick else (8, 16, 32, 64):
             batch = max(1, cfg.supervised_frames // frames)
@@ -180,8 +185,8 @@ def train_table(cfg, device):
             images = torch.randn(n, *shape) * cfg.sigma_data
             ours, floor = video_step(cfg, clips, copies, device), image_step(cfg, images, device)
             ms = best_times({"ours": ours, "floor": floor, "product": product}, device, cfg.repeat_times)
-            flops = batch * count_flops(video_step(cfg, clips[:1], copies, CPU).loss_and_gradients)
-            floor_flops = n * count_flops(image_step(cfg, images[:1], CPU).loss_and_gradients)
+            flops = batch * count_flops(video_step(plain, clips[:1], copies, CPU).loss_and_gradients)
+            floor_flops = n * count_flops(image_step(plain, images[:1], CPU).loss_and_gradients)
             peak = product_flops / ms["product"]
             rows.append({"R": copies, "T": frames, "ms": ms["ours"], "frames/s": n / ms["ours"] * 1e3,
                          "GFLOP": flops / 1e9, "GFLOP/s": flops / ms["ours"] / 1e6,
@@ -199,9 +204,10 @@ def train_table(cfg, device):
 
 def conv_forms(c, h, kernel, batch, frames, copies, device):
     """{name: function} of one convolution over (batch, 1 + copies, frames) maps of c channels."""
-    conv = CausalConv(c, c, kernel).to(device)
-    seq, scale = Sequence(1 + copies, frames), torch.ones(batch * (1 + copies) * frames, c, device=device)
-    x = torch.randn(batch * (1 + copies) * frames, c, h, h, device=device, requires_grad=True)
+    conv, n = CausalConv(c, c, kernel).to(device), batch * (1 + copies) * frames
+    like = {"device": device, "dtype": compute_dtype(device)}
+    seq, scale = Sequence(1 + copies, frames), torch.ones(n, c, **like)
+    x = torch.randn(n, c, h, h, **like, requires_grad=True)
     lasting = x.detach().to(memory_format=torch.channels_last).requires_grad_()
 
     def shared(x=x):
@@ -211,12 +217,12 @@ def conv_forms(c, h, kernel, batch, frames, copies, device):
         """Past frames as channels of one 2D convolution, for every copy."""
         y = seq.unfold(x)
         past = [F.pad(y[:, :1, :-j], (0, 0, 0, 0, 0, 0, j, 0)).expand_as(y) for j in range(1, kernel)]
-        return F.conv2d(torch.cat([y, *past], dim=3).flatten(0, 2), conv.weight.flatten(1, 2), padding=1)
+        return F.conv2d(torch.cat([y, *past], dim=3).flatten(0, 2), conv.weight.to(x.dtype).flatten(1, 2), padding=1)
 
     def plain():
         """A 3D convolution over every copy by itself."""
         y = F.pad(rearrange(x, "(b t) c h w -> b c t h w", t=frames), (0, 0, 0, 0, kernel - 1, 0))
-        return F.conv3d(y, conv.weight.transpose(1, 2), padding=(0, 1, 1))
+        return F.conv3d(y, conv.weight.to(x.dtype).transpose(1, 2), padding=(0, 1, 1))
 
     forms = {"shared past": shared, "stacked 2D": stacked, "3D": plain,
              "shared, channels-last": lambda: shared(lasting)}
@@ -327,16 +333,17 @@ def sample_table(cfg, device):
     model.dtype = compute_dtype(device)
     picture = image_model(cfg).eval().requires_grad_(False).to(device)
     picture.dtype = model.dtype
+    x, sigma = torch.randn(1, 1, *model.cfg.frame_shape, device=device), torch.ones(1, 1, device=device)
+    one = x[:, None], sigma[:, None], None
+    picture.denoise(*one, OneCopy(1, 1))                    # freezes its weights, as a CUDA graph must not
     if cfg.compile:
         model.step, model.read = compiled(model.step), compiled(model.read)
         picture.denoise = torch.compile(picture.denoise, mode="reduce-overhead", dynamic=False)
-    x, sigma = torch.randn(1, 1, *model.cfg.frame_shape, device=device), torch.ones(1, 1, device=device)
     positions = (1, window, 4 * window, 16 * window, cfg.far)
     caches = {n: read_frames(model, n, device) for n in positions}
     forms = {n: lambda cache=cache: model.step(x, sigma, cache) for n, cache in caches.items()}
     forms |= {f"all {n}": lambda n=n: model(torch.randn(1, 2, n + 1, *model.cfg.frame_shape, device=device),
                                             torch.ones(1, 2, n + 1, device=device)) for n in positions[:3]}
-    one = x[:, None], sigma[:, None], None
     forms["image"] = lambda: picture.denoise(*one, OneCopy(1, 1))
     product, product_flops = matmul(device)
     ms = best_times(forms | {"product": product}, device, 5 * cfg.repeat_times)
@@ -365,7 +372,8 @@ def sample_table(cfg, device):
 def memory_table(cfg, device):
     """Per parameter 4 bytes each of weight, gradient, moments (muon's one, adam's two) and averages; per clip what a
     forward pass keeps, counted in float32 on a CPU, which has to hold it, and halved. A tenth of a card stays free."""
-    step = video_step(cfg, torch.zeros(1, cfg.frames, *model_of(cfg).cfg.frame_shape), cfg.noised_copies, CPU)
+    clips = torch.zeros(1, cfg.frames, *model_of(cfg).cfg.frame_shape)
+    step = video_step(uncompiled(cfg), clips, cfg.noised_copies, CPU)
     count = sum(p.numel() for p in step.model.parameters())
     state = 4 * count * (2 + {"muon": 1, "adam": 2}[cfg.optimizer] + len(cfg.ema_widths))
     kept = kept_bytes(step.loss) / 2

@@ -480,3 +480,15 @@ def test_the_benchmark_counts_what_the_method_saves(command, tmp_path, workshop)
     assert row["state MB"] == pytest.approx(20 * row["million parameters"])
     assert 0 < row["clips in 12 GB"] < row["clips in 24 GB"] / 2 and row["MB per clip"] > 1
     assert len({row["cache MB"] for row in tables["sample"] if "cache MB" in row}) == 1
+
+
+def test_the_benchmark_counts_nothing_that_is_compiled(monkeypatch):
+    """torch compiles code no more that has once run under a counter: only the first row would be of compiled steps."""
+    import bench
+    compiled, counted = [], []
+    monkeypatch.setattr(bench.train, "compiled", lambda model: compiled.append(model) or model)
+    monkeypatch.setattr(bench, "count_flops", lambda function: counted.append(function.__self__.model) or 1)
+    flags = "--quick --supervised_frames=8 --repeat_times=1 --compile --channels=8 --head_dim=8"
+    cfg = read_settings(bench.DEFAULTS | vars(bench), [str(ROOT / "config/mnist.py"), *flags.split()])
+    rows = bench.train_table(cfg, torch.device("cpu"))
+    assert len(compiled) == len(counted) == 2 * len(rows) and not {*compiled} & {*counted}

@@ -446,22 +446,39 @@ def test_flex_attention_is_the_dense_softmax(monkeypatch, shape, window):
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
-def test_a_network_with_the_masks_of_a_gpu_computes_the_same():
+def test_flex_attention_is_compiled_for_every_shape(monkeypatch):
+    """torch gives up after eight, and would build the full score matrix for the others."""
+    graphs, compile_with = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_with(
+        function, backend=lambda graph, _: graphs.append(graph) or graph, **how))
+    torch._dynamo.reset()
+    m.compiled_flex_attention.cache_clear()
+    with torch._dynamo.config.patch(recompile_limit=8), torch.no_grad():
+        for frames in range(1, 12):
+            m.attend_flex(*attention_inputs(2, frames, 3), m.block_mask(2, frames, 3, 2, torch.device("cpu")))
+    m.compiled_flex_attention.cache_clear()
+    assert len(graphs) == 11
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_network_with_the_masks_of_a_gpu_computes_the_same(recompute):
     """Attention at two resolutions of frames that are no squares; its UNet, compiled, makes no mask of its own."""
     graphs = []
-    denoiser = network(frame_shape=(1, 8, 16), video_attn_resolutions=(8, 4), frame_attn_resolutions=())
+    denoiser = network(frame_shape=(1, 8, 16), video_attn_resolutions=(8, 4), frame_attn_resolutions=(),
+                       recompute=recompute).requires_grad_(False)       # there is no FlexAttention backward on a CPU
     x, sigma, _ = training_inputs(denoiser, copies=2)
     expected = denoiser(x, sigma)[0]
     torch._dynamo.reset()
     denoiser.unet.compile(backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=False)
-    with torch.no_grad():
-        for _ in range(2):
-            seq = m.Sequence(3, x.shape[2])
-            seq.masks = denoiser.block_masks(seq, x.device)
-            assert farthest(denoiser.denoise(x, sigma, None, seq), expected) < 1e-5
+    for _ in range(2):
+        seq = m.Sequence(3, x.shape[2])
+        seq.masks = denoiser.block_masks(seq, x.device)
+        assert farthest(denoiser.denoise(x, sigma, None, seq), expected) < 1e-5
     (graph,) = graphs
-    assert graph.code.count("flex_attention") >= 5
-    assert "argsort" not in graph.code                                  # which sorts the blocks of a mask
+    code = "".join(part.code for part in graph.modules() if isinstance(part, torch.fx.GraphModule))
+    assert code.count("flex_attention") >= 5 and ("checkpoint" in code) == recompute
+    assert "argsort" not in code                                        # which sorts the blocks of a mask
 
 
 @pytest.mark.parametrize("window", [2, 3, 4])
@@ -476,6 +493,7 @@ def test_cached_attention_is_the_dense_softmax_over_several_windows(chunks, wind
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("error:.*flex_attention called without torch.compile")
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-3), (torch.bfloat16, 3e-2)], ids=["f32", "bf16"])
 @pytest.mark.parametrize("shape", [(2, 5, 7), (3, 9, 16), (4, 7, 35), (2, 8, 16)], ids=str)
 def test_compiled_flex_attention_is_the_dense_softmax_with_its_gradients(shape, dtype, tolerance):
@@ -491,6 +509,7 @@ def test_compiled_flex_attention_is_the_dense_softmax_with_its_gradients(shape, 
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("error:.*flex_attention called without torch.compile")
 def test_a_gpu_computes_what_the_cpu_computes():
     denoiser = network(action_dim=3)
     inputs = training_inputs(denoiser, 2, frames=8)

@@ -387,10 +387,8 @@ def test_a_model_that_mixes_no_time_is_compiled_too(monkeypatch):
 
 @pytest.mark.gpu
 def test_a_rollout_of_cuda_graphs_is_the_same(model, context):
-    model, context = model.cuda(), context.cuda()
-    fresh = copy.deepcopy(model)
-    expected = take(Rollout(model, context, LEVELS, guidance=1.5), 4 * WINDOW)
-    model = fresh
+    expected = take(Rollout(copy.deepcopy(model).cuda(), context.cuda(), LEVELS, guidance=1.5), 4 * WINDOW)
+    model, context = copy.deepcopy(model).cuda(), context.cuda()
     model.step, model.read = sampling.compiled(model.step), sampling.compiled(model.read)
     for _ in range(2):
         assert (take(Rollout(model, context, LEVELS, guidance=1.5), 4 * WINDOW) - expected).abs().max() < 1e-2

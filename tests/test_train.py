@@ -914,7 +914,11 @@ def test_a_run_does_not_go_on_with_other_data_unasked(half_done, digits, tmp_pat
     assert "the data were MNIST, digits 0 to 35 of" in message and "now MNIST train split, 40 digits" in message
 
 
-@pytest.mark.parametrize("wish, device", [("auto", "cpu"), ("cpu", "cpu"), ("cuda", None), ("cuda:0", None)])
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that is asked for")
+
+
+@pytest.mark.parametrize("wish, device", [("auto", "cpu"), ("cpu", "cpu"), pytest.param("cuda", None, marks=NO_GPU),
+                                          pytest.param("cuda:0", None, marks=NO_GPU)])
 def test_a_process_of_torchrun_gets_the_device_it_was_told_or_says_why_not(monkeypatch, wish, device):
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0,
                         "GROUP_WORLD_SIZE": 2}.items():
