@@ -454,19 +454,19 @@ def test_flex_attention_is_compiled_for_every_shape(monkeypatch):
     torch._dynamo.reset()
     m.compiled_flex_attention.cache_clear()
     with torch._dynamo.config.patch(recompile_limit=8), torch.no_grad():
-        for frames in range(1, 12):
+        for frames in range(1, 11):
             m.attend_flex(*attention_inputs(2, frames, 3), m.block_mask(2, frames, 3, 2, torch.device("cpu")))
     m.compiled_flex_attention.cache_clear()
-    assert len(graphs) == 11
+    assert len(graphs) == 10
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_network_with_the_masks_of_a_gpu_computes_the_same(recompute):
-    """Attention at two resolutions of frames that are no squares; its UNet, compiled, makes no mask of its own."""
+def test_a_network_with_the_masks_of_a_gpu_computes_the_same():
+    """Attention at two resolutions of frames that are no squares. Its UNet, compiled, makes no mask of its own, and
+    is one graph, in which `recompute` allows layers to keep nothing for later ones."""
     graphs = []
     denoiser = network(frame_shape=(1, 8, 16), video_attn_resolutions=(8, 4), frame_attn_resolutions=(),
-                       recompute=recompute).requires_grad_(False)       # there is no FlexAttention backward on a CPU
+                       recompute=True).requires_grad_(False)            # there is no FlexAttention backward on a CPU
     x, sigma, _ = training_inputs(denoiser, copies=2)
     expected = denoiser(x, sigma)[0]
     torch._dynamo.reset()
@@ -477,7 +477,7 @@ def test_a_network_with_the_masks_of_a_gpu_computes_the_same(recompute):
         assert farthest(denoiser.denoise(x, sigma, None, seq), expected) < 1e-5
     (graph,) = graphs
     code = "".join(part.code for part in graph.modules() if isinstance(part, torch.fx.GraphModule))
-    assert code.count("flex_attention") >= 5 and ("checkpoint" in code) == recompute
+    assert code.count("flex_attention") >= 5 and "checkpoint" in code
     assert "argsort" not in code                                        # which sorts the blocks of a mask
 
 

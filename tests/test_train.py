@@ -844,14 +844,20 @@ def assert_refused(cfg, folder):
 
 
 def test_a_run_that_another_process_was_asked_to_stop_saves_too(tiny, tmp_path, monkeypatch):
-    """Here the other process is made up: the sum over processes of who was asked grows by one."""
-    asked, sum_over_ranks = [], train.sum_over_ranks
+    asked = []
     at_step(monkeypatch, 2, lambda: asked.append(1))
-    monkeypatch.setattr(train, "sum_over_ranks",
-                        lambda x: sum_over_ranks(x) + (0 if x.is_floating_point() else len(asked)))
+    monkeypatch.setattr(train, "anywhere", lambda happened, device: happened or asked)
     with suppress(SystemExit):
         train.main(tiny())
     assert load(tmp_path / "run")["step"] == 3
+
+
+def test_what_happened_in_another_process_is_heard_of(monkeypatch):
+    assert train.anywhere([1], CPU) and not train.anywhere([], CPU)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    for elsewhere in (0, 1, 3):
+        monkeypatch.setattr(train, "sum_over_ranks", lambda x, n=elsewhere: x + n)
+        assert train.anywhere([1], CPU) and bool(train.anywhere([], CPU)) == (elsewhere > 0)
 
 
 @pytest.mark.parametrize("key, value", [("lr", 0.01), ("max_steps", 90), ("ema_widths", (0.05,)), ("seed", 1)])
