@@ -496,7 +496,7 @@ class UNet(nn.Module):
     def encode(self, x, emb, seq):
         """x: (b s t) c h w, emb: (b s t) e -> outputs of stem and encoder, as x, and of the middle, (b r t) .."""
         outputs = [self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
-        if not seq.cache:                                   # torch.compile forbids `run` to keep what it computes
+        if self.recompute and not seq.cache:                # torch.compile forbids `run` to keep what it computes
             for layer in (*self.encoder.modules(), *self.middle.modules()):
                 if isinstance(layer, CausalConv | Attention):
                     layer.table(x, seq)

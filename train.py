@@ -129,9 +129,10 @@ def sum_over_ranks(x):
 
 
 def anywhere(happened, device):
-    """Whether it has happened, in this process or in another one."""
-    return sum_over_ranks(torch.tensor(bool(happened), device=device, dtype=torch.int)) > 0 if dist.is_initialized() \
-        else bool(happened)
+    """Whether a list of what happened holds something, in this process or in another one."""
+    if not dist.is_initialized():
+        return bool(happened)
+    return sum_over_ranks(torch.tensor(len(happened), device=device)) > 0
 
 
 def whole(tree):
