@@ -136,16 +136,12 @@ def download(name, folder, mirrors=MIRRORS, md5=MD5, timeout=10.0):
 # The digit bank: MNIST from disk, else downloaded, else drawn with a font, and said to be so.
 
 def draw_digit(text, rng):
-    """A digit of Pillow's font, uint8 (28, 28): scaled, sheared, turned and thickened at random."""
+    """A digit of Pillow's font, uint8 (28, 28): turned, scaled, sheared and thickened at random."""
     image, font = Image.new("L", (84, 84)), ImageFont.load_default(75)      # shrinking it smooths its edges
     ImageDraw.Draw(image).text((42, 42), text, 255, font, anchor="mm", stroke_width=int(rng.integers(0, 4)))
-    left, top, right, bottom = image.getbbox()
-    angle, shear = rng.uniform(-0.3, 0.3), rng.uniform(-0.35, 0.35)         # radians; sideways per upwards
-    turn = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
-    scale = np.diag(1 / rng.uniform((0.75, 0.8), (1.15, 1.05)))
-    inverse = scale @ [[1, shear], [0, 1]] @ turn           # Pillow asks where each output pixel comes from
-    offset = np.array([left + right, top + bottom]) / 2 - inverse @ [42, 42]
-    affine = np.column_stack([inverse, offset]).ravel().tolist()
+    image = image.rotate(rng.uniform(-17, 17), Image.Resampling.BILINEAR)   # degrees
+    (x, y), shear = 1 / rng.uniform((0.75, 0.8), (1.15, 1.05)), rng.uniform(-0.35, 0.35)    # sideways per upwards
+    affine = x, shear, 42 * (1 - x - shear), 0, y, 42 * (1 - y)             # where each output pixel comes from
     return np.asarray(image.transform((84, 84), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR).reduce(3))
 
 
@@ -233,6 +229,8 @@ def check_digits(cfg, split):
     at_least(cfg, 1, "frames", "digits", "digit_size")
     at_least(cfg, 0, "seed")
     require(cfg.digit_size <= cfg.frame_size, f"digit_size={cfg.digit_size}: at most frame_size={cfg.frame_size}")
+    is_range = len(cfg.speed) == 2 and 0 <= cfg.speed[0] <= cfg.speed[1] < np.inf
+    require(is_range, f"speed={cfg.speed!r}: set (lo, hi), 0 <= lo <= hi, as in --speed=1,3")
 
 
 def random_digit(bank, size, rng):
@@ -255,8 +253,6 @@ class MovingDigits:
     def __init__(self, cfg, split):
         check_digits(cfg, split)
         one_of(cfg, bounce=("reflect", "random"))
-        is_range = len(cfg.speed) == 2 and 0 <= cfg.speed[0] <= cfg.speed[1] < np.inf
-        require(is_range, f"speed={cfg.speed!r}: set (lo, hi), 0 <= lo <= hi, as in --speed=1,3")
         require(not cfg.whole_pixels or len(whole_velocities(*cfg.speed)),
                 f"speed={cfg.speed!r} holds no whole-pixel velocity; widen it, or set whole_pixels=False")
         self.cfg, self.stream = cfg, (cfg.seed, STREAMS[split])
@@ -378,7 +374,8 @@ def read_pictures(path):
     """(seconds, frame) of a GIF, by its clock; a single picture has no time."""
     with Image.open(path) as pictures:
         milliseconds = 0
-        for picture in ImageSequence.Iterator(pictures):
+        stored = [pictures] if pictures.format == "MPO" else ImageSequence.Iterator(pictures)    # a photo, previews
+        for picture in stored:
             require(not picture.mode.startswith(("I", "F")), f"{path} has more than 8 bits a channel", Unusable)
             upright = ImageOps.exif_transpose(picture).convert("RGB")
             yield milliseconds / 1000 if path.suffix.lower() == ".gif" else None, np.asarray(upright)
@@ -411,7 +408,8 @@ def decode(path):
         if path.is_dir():
             require(pictures := pictures_in(path), f"{path} is a folder without pictures", Unusable)
             for file in pictures:
-                yield from read_pictures(file)
+                with reading(file):                         # which of them is damaged
+                    yield from read_pictures(file)
         elif kind in ARRAYS:
             yield from ((None, frame) for frame in read_array(path))
         else:
@@ -566,6 +564,13 @@ def read_json(path):
         raise UserError(f"{path} cannot be read ({error}): delete it, and prepare the clips again") from error
 
 
+def read_meta(folder):
+    meta = read_json(Path(folder, "meta.json"))
+    require(isinstance(meta, dict) and "made_with" in meta, f"{folder}/meta.json is not of this program: choose "
+                                                            "another folder")
+    return meta
+
+
 def held_out(names, share):
     """At least one of the names, never all: those whose hash is low, so that a set which grows keeps its split."""
     draw = {name: int(hashlib.md5(os.fsencode(name), usedforsecurity=False).hexdigest(), 16) / 2 ** 128
@@ -609,8 +614,7 @@ def check_prepare(cfg):
     require(not cfg.env or importlib.util.find_spec("gymnasium"),
             f"--env={cfg.env}: gymnasium, which runs environments, is not installed: pip install gymnasium")
     meta, made_with = Path(cfg.out, "meta.json"), {name: getattr(cfg, name) for name in MADE_WITH}
-    before = read_json(meta).get("made_with") if meta.exists() else {}
-    require(before is not None, f"{meta} is not of this program: choose another --out")
+    before = read_meta(cfg.out)["made_with"] if meta.exists() else {}
     changed = [f"{name} was {old}, now {made_with[name]}" for name, old in before.items() if made_with[name] != old]
     if not any(Path(cfg.out).glob("clips/**/*.json")):      # nothing was prepared with them
         changed = []
@@ -678,7 +682,7 @@ class VideoClips:
         folder = Path(cfg.data_dir)
         require((folder / "meta.json").is_file(), f"data_dir={folder}: no prepared clips are there; prepare some with "
                                                   f"`python data.py --src=FOLDER_OF_VIDEOS --out={folder}`")
-        self.meta, self.folder, self.cfg, self.frames = read_json(folder / "meta.json"), folder, cfg, cfg.frames
+        self.meta, self.folder, self.cfg, self.frames = read_meta(folder), folder, cfg, cfg.frames
         self.span, self.flip = (cfg.frames - 1) * cfg.stride + 1, cfg.flip and split == "train"
         at_least(cfg, 1, "frames", "stride")
         self.clips = [clip for clip in self.meta[split] if clip[1] >= self.span]
@@ -686,7 +690,7 @@ class VideoClips:
                             "frames that `frames` and `stride` ask for: set them lower, or prepare more videos")
         self.shape, self.action_dim = tuple(self.meta["shape"]), self.meta["action_dim"]
         require(cfg.frame_size == self.shape[1], f"frame_size={cfg.frame_size}: the clips in {folder} are "
-                                                 f"{self.shape[1]} high; set --frame_size={self.shape[1]}")
+                f"{self.shape[1]} high; train with --frame_size={self.shape[1]}, or choose another folder")
         require(not (cfg.flip and self.action_dim), "flip=True would mirror frames, and not their actions: set False")
         self.stats = {key: self.meta[key] for key in ("mean", "std")} | {"latent": self.meta["dtype"] != "uint8"}
         for name, length, _ in self.clips:
@@ -730,7 +734,7 @@ def open_source(cfg, split):
 
 def moments(frames):
     """Mean and mean square of each channel of frames (t, c, h, w), on a scale from 0 to 1."""
-    values = frames / np.float64(255)
+    values = np.divide(frames, 255, dtype=np.float64)       # numpy 1 would keep float16, and sum up in it
     return values.mean((0, 2, 3)), (values ** 2).mean((0, 2, 3))
 
 

@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import hashlib
 import itertools
+import math
 import socket
 import threading
 import time
@@ -360,7 +361,9 @@ def test_a_worlds_frames_are_windows_of_one_canvas_that_the_actions_move(bank, c
 
 
 @pytest.mark.parametrize("changes, named", [
-    ({"speed": (1.5, 2)}, "speed=.*whole number"), ({"speed": (0, 2)}, "speed="), ({"digits": 0}, "digits=0"),
+    ({"speed": (1.5, 2)}, "speed=.*whole number"), ({"speed": (0, 2)}, "speed="),
+    ({"speed": ()}, "speed="), ({"speed": (math.inf, math.inf)}, "speed="), ({"speed": (math.nan, 1)}, "speed="),
+    ({"digits": 0}, "digits=0"),
     ({"canvas_size": 18}, "canvas_size=18"),
 ])
 def test_worlds_that_cannot_be_are_named(bank, changes, named):

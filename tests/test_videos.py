@@ -202,6 +202,16 @@ def test_pictures_of_more_than_eight_bits_are_named(here):
     assert "more than 8 bits a channel" in prepare(here)["left_out"]["deep"]
 
 
+def test_a_photograph_is_one_frame_also_if_a_preview_is_stored_with_it(here):
+    (here / "src" / "phone").mkdir()
+    for i in range(3):
+        photo, preview = (Image.fromarray(np.full((8, 8, 3), grey, np.uint8)) for grey in (200, 0))
+        photo.save(here / "src" / "phone" / f"{i}.jpg", "MPO", save_all=True, append_images=[preview])
+    prepare(here)
+    frames = stored(here / "out", "phone")
+    assert len(frames) == 3 and (abs(frames.astype(int) - 200) < 5).all()
+
+
 def test_a_gif_without_delays_is_shown_at_ten_frames_a_second(here):
     pictures = [Image.fromarray(np.full((8, 8), 25 * i, np.uint8)) for i in range(6)]
     pictures[0].save(here / "src" / "a.gif", save_all=True, append_images=pictures[1:], duration=0)
@@ -220,6 +230,16 @@ def test_names_with_dots_and_of_other_encodings_and_the_folder_itself(here, monk
     monkeypatch.chdir(here / "src" / "run.1")
     data.prepare(settings(src=".", out=str(here / "alone")))
     assert (here / "alone" / "meta.json").exists()
+
+
+def test_a_bad_file_whose_name_cannot_be_printed_is_left_out_like_others(tmp_path):
+    (tmp_path / "src").mkdir()
+    np.save(tmp_path / "src" / "good.npy", numbered(4))
+    Path(tmp_path, "src", os.fsdecode(b"caf\xe9.npy")).write_bytes(b"torn")
+    done = subprocess.run([sys.executable, ROOT / "data.py", "--src=src", "--out=out", "--size=8", "--workers=1"],
+                          cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "out" / "meta.json").read_text())["train"]) == 1
 
 
 def test_latents_stay_as_they_are(here):
@@ -355,6 +375,13 @@ def truncated_film(path):
     path.write_bytes(path.read_bytes()[:300])
 
 
+def torn_picture(path):
+    path.mkdir()
+    for i in range(3):
+        Image.fromarray(numbered(3, h=64, w=64)[i]).save(path / f"{i}.png")
+    (path / "1.png").write_bytes((path / "1.png").read_bytes()[:60])
+
+
 def of_actions(actions, frames=5):
     def write(path):
         np.save(path, numbered(frames))
@@ -368,6 +395,7 @@ BAD = {
     "torn.npy": (lambda path: path.write_bytes(b"\x93NUMPY"), "torn.npy cannot be read"),
     "torn.npz": (lambda path: path.write_bytes(b"PK\x03\x04 and so on"), "torn.npz cannot be read"),
     "text.gif": (lambda path: path.write_text("no GIF"), "text.gif cannot be read"),
+    "walk.v1": (torn_picture, "walk.v1.1.png cannot be read"),
     "folder.mp4": (Path.mkdir, "folder.mp4 is a folder without pictures"),
     "gone.mp4": (lambda path: path.symlink_to("nowhere"), "there is no file .*gone.mp4"),
     "two.npz": (lambda path: np.savez(path, a=numbered(3), b=numbered(3)), "two.npz holds 2 arrays"),
@@ -575,6 +603,8 @@ def test_an_interrupted_source_is_not_believed(here, monkeypatch):
 @pytest.mark.parametrize("damage, named", [
     (lambda out: next(out.glob("clips/*.raw")).write_bytes(b"short"), "has 5 bytes, and meta.json says"),
     (lambda out: (out / "meta.json").write_text("{"), "meta.json cannot be read"),
+    (lambda out: (out / "meta.json").write_text("{\"of\": \"another\"}"), "meta.json is not of this program"),
+    (lambda out: (out / "meta.json").write_text("[1, 2]"), "meta.json is not of this program"),
     (lambda out: (out / "meta.json").unlink(), "no prepared clips are there.*python data.py --src"),
 ])
 def test_a_damaged_folder_is_named_with_the_fix(prepared, damage, named):
@@ -587,7 +617,7 @@ def test_a_damaged_folder_is_named_with_the_fix(prepared, damage, named):
 
 
 @pytest.mark.parametrize("changes, named", [
-    (dict(frames=21, stride=2), "has the 41 frames"), (dict(frame_size=16), "set --frame_size=8"),
+    (dict(frames=21, stride=2), "has the 41 frames"), (dict(frame_size=16), "train with --frame_size=8"),
     (dict(stride=0), "stride=0"), (dict(flip=True), "flip=True"),
 ])
 def test_training_settings_that_do_not_fit_the_clips_are_named(prepared, changes, named):
