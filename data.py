@@ -692,7 +692,8 @@ class VideoClips:
         require(cfg.frame_size == self.shape[1], f"frame_size={cfg.frame_size}: the clips in {folder} are "
                 f"{self.shape[1]} high; train with --frame_size={self.shape[1]}, or choose another folder")
         require(not (cfg.flip and self.action_dim), "flip=True would mirror frames, and not their actions: set False")
-        self.stats = {key: self.meta[key] for key in ("mean", "std")} | {"latent": self.meta["dtype"] != "uint8"}
+        self.stats = {key: self.meta[key] for key in ("mean", "std", "discrete")}
+        self.stats["latent"] = self.meta["dtype"] != "uint8"
         for name, length, _ in self.clips:
             path = folder / "clips" / f"{name}.raw"
             expected = length * math.prod(self.shape) * np.dtype(self.meta["dtype"]).itemsize
@@ -745,10 +746,11 @@ def statistics(mean, square):
 
 
 def measure(source, clips=256):
-    """The `statistics` of the pixels of the first clips; prepared clips were measured already."""
+    """The `statistics` of the pixels of the first clips, and what kind of actions a set has; prepared clips know both."""
     if hasattr(source, "stats"):
         return source.stats
-    return statistics(*np.mean([moments(source.clip(index)[0]) for index in range(clips)], axis=0))
+    measured = statistics(*np.mean([moments(source.clip(index)[0]) for index in range(clips)], axis=0))
+    return measured | {"discrete": True}                    # of the worlds that are made here
 
 
 def per_channel(stats, device):

@@ -167,8 +167,9 @@ def compiled(method, graphs=True):
         if cache in seen and x.shape[1] == 1:
             try:
                 result = graph(x, sigma, cache, actions)
-            except torch._inductor.exc.InductorError as error:
-                raise UserError(f"--compile needs a C++ compiler on a CPU: {str(error).splitlines()[0]}") from error
+            except torch._dynamo.exc.BackendCompilerFailed as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"--compile failed (on a CPU it needs a C++ compiler): {reason}") from error
             return result if result is None else result.clone()      # the graph's next run overwrites its own
         result = method(x, sigma, cache, actions)
         seen.add(cache)
@@ -508,12 +509,12 @@ class Game:
             raise Refused(400, "expected {player, do: frame or restart, action}", "text/plain")
         if request.get("player") != self.player:
             raise Refused(409, "another page has taken over", "text/plain")
-        self.seen = time.monotonic()
         if request["do"] == "restart":
             self.restart()
         else:
             frame = self.rollout.advance(self.read_action(request.get("action")))
             self.last.append(to_pixels(frame, self.stats, self.model.cfg.sigma_data).cpu().numpy())
+        self.seen = time.monotonic()                        # now, as a first frame may take a minute to compile
         picture = io.BytesIO()
         Image.fromarray(next(tiled([self.last[-1]], 0, self.cfg.scale))).save(picture, format="png")
         return picture.getvalue(), f"frame {self.rollout.cache.position}"
@@ -542,6 +543,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         except Refused as refused:
             status, text, kind = refused.args
             body = text.encode()
+        except UserError as error:
+            status, body, kind = 500, str(error).encode(), "text/plain"
         self.send_response(status)
         for name, value in (("Content-Type", kind), ("Content-Length", len(body)), ("Cache-Control", "no-store"),
                             ("X-Content-Type-Options", "nosniff"), ("X-Frame", frame)):
@@ -555,6 +558,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_request(self):
         """What a page has posted, a dict; of GET None."""
         hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
+        hosts += ["127.0.0.1", "localhost"] * (self.server.server_port == 80)            # where browsers leave it out
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
         if host not in hosts or origin not in (None, f"http://{host}"):
             raise Refused(403, f"only pages of http://{hosts[0]} are answered", "text/plain")
@@ -583,7 +587,7 @@ def serve(game, port):
     server.game, server.daemon_threads = game, False        # what was asked is answered, not cut off in torch
     url = f"http://127.0.0.1:{server.server_port}"
     print(f"play at {url}; Ctrl-C ends", flush=True)
-    webbrowser.open(url)
+    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()           # some run until they are left
     with contextlib.suppress(KeyboardInterrupt), server:
         server.serve_forever()
     print("\nended")
@@ -605,23 +609,23 @@ def read_prompt(path, count, samples, shape, latent):
     return clip.expand(samples, *clip.shape)
 
 
-def read_actions(text, frames, samples, action_dim, like=None):
-    """The action of every frame, from a .npy file or as in 0,2,1, for every sample: b t whole numbers or b t a, of the
-    kind that the data's actions `like` have."""
+def read_actions(text, frames, samples, action_dim, discrete=None):
+    """The action of every frame, from a .npy file or as in 0,2,1, for every sample: b t whole numbers or b t a;
+    discrete: which of them the model was trained on, if that is known."""
     require(action_dim, f"--actions={text}: this model was trained without actions")
     try:
         array = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array(text.split(","), int)
-        discrete = {"i": True, "u": True, "f": False}[array.dtype.kind]
+        given = {"i": True, "u": True, "f": False}[array.dtype.kind]
     except (OSError, ValueError, EOFError, OverflowError, AttributeError, KeyError) as error:
         raise UserError(f"--actions={text}: expected whole numbers, as in 0,2,1, or a .npy file ({error})") from None
-    require(like is None or like.is_floating_point() != discrete, f"--actions={text}: {array.dtype}; this model was "
-            f"trained on {'vectors of floats' if discrete else 'whole numbers'}")
-    expected = (frames,) if discrete else (frames, action_dim)
+    require(discrete in (None, given), f"--actions={text}: {array.dtype}; this model was trained on "
+                                       f"{'vectors of floats' if given else 'whole numbers'}")
+    expected = (frames,) if given else (frames, action_dim)
     require(array.shape == expected,
             f"--actions={text}: {array.shape} actions for --frames={frames}, expected {expected}")
-    require(not discrete or 0 <= array.min() and array.max() < action_dim,
+    require(not given or 0 <= array.min() and array.max() < action_dim,
             f"--actions={text}: {array.min()} to {array.max()}; this model knows 0 to {action_dim - 1}")
-    array = torch.from_numpy(array.astype(np.int64 if discrete else np.float32))
+    array = torch.from_numpy(array.astype(np.int64 if given else np.float32))
     return array.expand(samples, *array.shape)
 
 
@@ -650,7 +654,7 @@ def check_settings(cfg):
             f"--truth and --play need clips of the data: they cannot be used with --prompt={cfg.prompt}")
     require(not cfg.prompt or cfg.context > 0,
             f"--prompt={cfg.prompt} with --context={cfg.context}: give how many of its frames to take")
-    require(cfg.context <= cfg.frames,
+    require(cfg.play or cfg.context <= cfg.frames,
             f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
     require(not (cfg.play and cfg.out.endswith(".pt")), f"--play makes no --out={cfg.out}: leave one of them out")
     if not cfg.out.endswith(".pt"):
@@ -658,8 +662,10 @@ def check_settings(cfg):
 
 
 def open_data(cfg, state, frames):
-    """The source that the model was trained on, or its like in another folder, with clips of `frames` frames."""
-    settings = SimpleNamespace(**state["settings"] | {"frames": frames})
+    """The source that the model was trained on, or its like in another folder, with clips of `frames` frames. A clip's
+    beginning may depend on its length: so it has the trained one, or more, whatever is asked of a rollout."""
+    settings = SimpleNamespace(**state["settings"])
+    settings.frames = frames if cfg.data_dir else max(frames, settings.frames)
     settings.data_dir = cfg.data_dir or settings.data_dir
     source, wanted = open_source(settings, cfg.split), SimpleNamespace(**state["model_config"])
     fits = tuple(source.shape) == tuple(wanted.frame_shape) and source.action_dim in \
@@ -682,7 +688,8 @@ def inputs(cfg, model, state):
         source = open_data(cfg, state, cfg.frames if whole else cfg.context)
         clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
     if cfg.actions:
-        return clips, read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim, actions)
+        return clips, read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim,
+                                   state["stats"].get("discrete"))
     if actions is None and model.cfg.action_dim:
         require(state["settings"]["action_dropout"], "the given frames have no actions, and this model needs them: "
                                                      "give --actions, or train it with action_dropout")

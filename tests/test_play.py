@@ -1,5 +1,6 @@
 """Playing: what the server answers and refuses, and a real browser that steers the model by its keyboard."""
 
+import contextlib
 import http.client
 import io
 import json
@@ -65,8 +66,8 @@ def server(game):
     server.server_close()
 
 
-def ask(server, method="GET", path="/", body=None, **headers):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+def ask(server, method="GET", path="/", body=None, timeout=10, **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=timeout)
     connection.request(method, path, body if isinstance(body, (bytes, type(None))) else json.dumps(body), headers)
     answer = connection.getresponse()
     return SimpleNamespace(code=answer.status, body=answer.read(), headers=answer.headers)
@@ -186,6 +187,36 @@ def test_a_second_player_gets_a_page_and_takes_over_when_the_first_has_gone(game
     assert ask(server, "POST", body={"player": first, "do": "frame", "action": game.an_action}).code == 409
 
 
+def test_a_player_is_there_while_a_slow_frame_of_his_is_made(game, server, monkeypatch):
+    clock, advance, first = [1000.0], game.rollout.advance, None
+
+    def slow(action):
+        clock[0] += 60                                      # seconds, as compiling takes
+        return advance(action)
+    monkeypatch.setattr(sample.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(game.rollout, "advance", slow)
+    first = player(server)
+    ask(server, "POST", body={"player": first, "do": "frame", "action": game.an_action})
+    assert ask(server).code == 409
+
+
+def test_what_the_user_can_mend_reaches_the_page(game, server, capfd, monkeypatch):
+    def fails(action):
+        raise UserError("--compile needs a C++ compiler")
+    monkeypatch.setattr(game.rollout, "advance", fails)
+    answer = ask(server, "POST", body={"player": player(server), "do": "frame", "action": game.an_action})
+    assert answer.code == 500 and answer.body == b"--compile needs a C++ compiler"
+    assert capfd.readouterr().err == ""
+
+
+def test_at_a_browsers_own_port_no_host_names_it(game, monkeypatch):
+    """Port 80 may not be ours to open: the handler is asked alone."""
+    handler = sample.Handler.__new__(sample.Handler)
+    handler.server, handler.path, handler.command = SimpleNamespace(server_port=80, game=game), "/", "GET"
+    for handler.headers in ({"Host": "127.0.0.1"}, {"Host": "localhost:80"}):
+        assert handler.read_request() is None
+
+
 def test_what_is_not_there_is_refused(server):
     assert ask(server, path="/etc/passwd").code == 404 and ask(server, "POST", "/frame", b"{}").code == 404
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
@@ -235,6 +266,23 @@ def test_what_was_asked_is_answered_before_the_server_ends(game, monkeypatch):
     assert threading.active_count() <= before + 1           # that asked, and reads the answer
     time.sleep(0.1)
     assert answers[0].code == 200 and b"</script>" in answers[0].body
+
+
+def test_a_browser_in_the_terminal_finds_the_page_served(game, monkeypatch):
+    """Such a browser runs until it is left: the server may not wait for it."""
+    answers = []
+
+    def browse(url):
+        server = SimpleNamespace(server_port=int(url.rsplit(":")[-1]))
+        with contextlib.suppress(OSError):                  # a timeout
+            answers.append(ask(server, timeout=5))
+        signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(sample.webbrowser, "open", browse)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        sample.serve(game, 0)
+    signal.signal(signal.SIGINT, handler)
+    assert len(answers) == 1 and answers[0].code == 200
 
 
 def test_a_port_that_is_taken_is_named(game, server):
@@ -338,3 +386,4 @@ def test_nothing_is_played_without_data_or_from_a_prompt():
     cfg = SimpleNamespace(**plain_settings(vars(sample)) | {"play": True, "prompt": "a.gif"})
     with pytest.raises(UserError, match="--truth and --play need clips of the data"):
         sample.check_settings(cfg)
+    sample.check_settings(SimpleNamespace(**vars(cfg) | {"prompt": "", "context": 30}))     # more than `frames` of a file

@@ -308,9 +308,9 @@ def test_files_that_hold_no_actions_or_another_kind_are_named(tmp_path):
             read_actions(text, 3, 1, 3)
     np.save(tmp_path / "floats.npy", np.ones((3, 3)))
     with pytest.raises(UserError, match="floats.npy: float64; this model was trained on whole numbers"):
-        read_actions(str(tmp_path / "floats.npy"), 3, 1, 3, torch.zeros(1, 3, dtype=torch.long))
+        read_actions(str(tmp_path / "floats.npy"), 3, 1, 3, discrete=True)
     with pytest.raises(UserError, match="0,1,2: int64; this model was trained on vectors of floats"):
-        read_actions("0,1,2", 3, 1, 3, torch.zeros(1, 3, 3))
+        read_actions("0,1,2", 3, 1, 3, discrete=False)
 
 
 def test_a_rollout_ends_with_its_actions(context):

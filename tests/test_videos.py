@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+import sample
 from config import UserError, plain_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -600,6 +601,15 @@ def test_an_interrupted_source_is_not_believed(here, monkeypatch):
     assert len(meta["train"]) == len(meta["val"]) == 1
 
 
+def test_the_given_frames_do_not_depend_on_what_is_asked_of_a_rollout(prepared):
+    cfg = SimpleNamespace(data_dir="", split="train", play=False)
+    state = {"settings": vars(source(prepared, frames=6).cfg), "model_config": {"frame_shape": (3, 8, 8)}}
+    state["model_config"]["action_dim"] = source(prepared).action_dim
+    few, many = (sample.open_data(cfg, state, frames) for frames in (2, 6))
+    for i in range(20):
+        assert np.array_equal(few.clip(i)[0][:2], many.clip(i)[0][:2])
+
+
 @pytest.mark.parametrize("damage, named", [
     (lambda out: next(out.glob("clips/*.raw")).write_bytes(b"short"), "has 5 bytes, and meta.json says"),
     (lambda out: (out / "meta.json").write_text("{"), "meta.json cannot be read"),
@@ -684,6 +694,7 @@ def test_box_actions_are_recorded_as_vectors(here):
     assert meta["action_dim"] == 1 and not meta["discrete"]
     frames, actions = source(here / "game", frame_size=16).clip(0)
     assert frames.shape == (4, 3, 16, 16) and actions.shape == (4, 1) and actions.dtype == np.float32
+    assert data.measure(source(here / "game", frame_size=16))["discrete"] is False
 
 
 def test_an_unknown_environment_is_named(here):
