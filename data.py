@@ -746,7 +746,7 @@ def statistics(mean, square):
 
 
 def measure(source, clips=256):
-    """The `statistics` of the pixels of the first clips, and what kind of actions a set has; prepared clips know both."""
+    """The `statistics` of the first clips, and what kind of actions a set has; prepared clips know both."""
     if hasattr(source, "stats"):
         return source.stats
     measured = statistics(*np.mean([moments(source.clip(index)[0]) for index in range(clips)], axis=0))

@@ -232,7 +232,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(p)
             average = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
             ahead = torch.lerp(p.grad, average, group["momentum"])                       # Nesterov's
-            shape = (len(p), p[0].numel()) if p.ndim > 1 else (1, len(p))
+            shape = (len(p), p.shape[1:].numel()) if p.ndim > 1 else (1, len(p))
             alike[shape].append((p, ahead))
         for shape, pairs in alike.items():                  # sharded ones are gathered one group at a time
             matrices = [(x.full_tensor() if isinstance(x, DTensor) else x).view(shape) for _, x in pairs]
@@ -270,6 +270,7 @@ class PowerEMA:
             beta = (1 - 1 / step) ** (self.exponents[width] + 1)
             torch._foreach_lerp_(list(average.values()), list(self.parameters.values()), 1 - beta)
 
+    @torch.no_grad()
     def load(self, averages):
         for width, average in self.averages.items():
             for name, tensor in average.items():            # a width that was not tracked begins with the weights
@@ -476,8 +477,9 @@ class Run:
         """Goes on from the checkpoint at `path`, if there is one, or from the one before if that cannot be read."""
         if not path.exists() and not previous(path).exists():
             return
-        require(self.cfg.init_from != "scratch", f"{path} holds a run already, which init_from=scratch would "
-                                                 "overwrite: choose another out_dir, or move it away")
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"             # then the run is its own
+        require(restarted or self.cfg.init_from != "scratch", f"{path} holds a run already, which init_from=scratch "
+                "would overwrite: choose another out_dir, or move it away")
         try:
             state = sample.load_file(path, sample.CHECKPOINT_KEYS)
         except UserError as error:
@@ -490,9 +492,9 @@ class Run:
         old, new = state["settings"], vars(self.cfg)
         changed = [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
                    if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
-        before, now = (origin.replace(str(Path(settings["data_dir"])), "") for origin, settings in
-                       ((state["origin"], old), (self.source.origin, new)))              # a folder may have moved
-        changed += [f"the data were {state['origin']}, now {self.source.origin}"] if before != now else []
+        moved = str(Path(new["data_dir"])).join(state["origin"].rsplit(str(Path(old["data_dir"])), 1))
+        if moved != self.source.origin:                     # not only moved
+            changed.append(f"the data were {state['origin']}, now {self.source.origin}")
         require(not changed or self.cfg.init_from == "changed",
                 f"{path} is of a run with other settings: {'; '.join(changed)}. Choose another out_dir, or repeat the "
                 "run's settings to go on with it, or set --init_from=changed to go on with these")
@@ -581,12 +583,17 @@ class Run:
 # The training loop.
 
 def ask_to_stop(stop):
-    """Ctrl-C and SIGTERM append to `stop`, to end after the current step; a second one ends at once."""
+    """Ctrl-C and SIGTERM append to `stop`, to end after the current step. A second one ends at once; but a SIGTERM
+    within a second is torchrun's: asked to end together with its processes, it asks them too."""
+    asked = []
+
     def handler(number, frame):
-        if stop:
+        asked.append(time.monotonic())
+        if stop and (number == signal.SIGINT or asked[-1] - asked[0] > 1):
             raise KeyboardInterrupt
-        stop.append(number)
-        print("\nfinishing the step, then saving; once more to quit at once", flush=True)
+        if not stop:
+            stop.append(number)
+            print("\nfinishing the step, then saving; once more to quit at once", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
 
@@ -647,15 +654,10 @@ def train(run, batches, bar, stop):
             run.log(step=run.step, loss=mean, grad_norm=norm, lr=learning_rate(run.step - 1, cfg),
                     frames_per_second=round(steps * frames / seconds, 1))
             run.recent, began, steps = [], time.perf_counter(), 0
+        if run.due(cfg.checkpoint_interval) or run.due(cfg.eval_interval):
+            run.save()                                      # first: an evaluation may fail, out of memory, say
         if run.due(cfg.eval_interval):
-            try:
-                run.evaluate()
-            except Exception:                               # out of memory, say: what was learnt is not lost to that
-                if not cfg.shard:                           # such a save needs all processes, and others may be well
-                    run.save()
-                raise
-        if run.due(cfg.checkpoint_interval):
-            run.save()
+            run.evaluate()
 
 
 def main(cfg):

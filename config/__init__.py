@@ -129,7 +129,8 @@ def help_text(path, defaults):
 
 def run(main, script_globals):
     """Call main(settings). What the user can mend becomes one line on stderr and exit code 1."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be of any encoding
+    with contextlib.suppress(AttributeError):  # in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be of any encoding
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(help_text(script_globals["__file__"], script_globals))

@@ -386,4 +386,4 @@ def test_nothing_is_played_without_data_or_from_a_prompt():
     cfg = SimpleNamespace(**plain_settings(vars(sample)) | {"play": True, "prompt": "a.gif"})
     with pytest.raises(UserError, match="--truth and --play need clips of the data"):
         sample.check_settings(cfg)
-    sample.check_settings(SimpleNamespace(**vars(cfg) | {"prompt": "", "context": 30}))     # more than `frames` of a file
+    sample.check_settings(SimpleNamespace(**vars(cfg) | {"prompt": "", "context": 30}))     # above `frames`

@@ -187,9 +187,9 @@ def finished(tmp_path_factory, digits):
 
 @pytest.fixture
 def half_done(tmp_path, finished):
-    """(folder, its settings): a copy of the finished run, free to be spoilt."""
+    """(folder, its settings): a copy of the finished run, free to be spoilt, without the checkpoint before the last."""
     folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
+    shutil.copytree(finished, folder, ignore=lambda *_: ["checkpoint-previous.pt"])
     settings = read_log(folder)[0]["settings"] | {"out_dir": str(folder)}
     return folder, SimpleNamespace(**{key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()})
 
@@ -833,6 +833,28 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint(tiny, tmp_p
     assert load(tmp_path / "run")["step"] == 2
 
 
+def test_torchruns_own_sigterm_behind_another_ends_no_step(tiny, tmp_path, monkeypatch):
+    """A system that ends all processes ends torchrun too, which then does the same to ours, milliseconds later. A
+    second later, somebody means it."""
+    clock = [100.0]
+
+    def twice(seconds):
+        def send():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                clock[0] += seconds
+        return send
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        at_step(patch, 3, twice(0.1))
+        train.main(tiny())
+    assert load(tmp_path / "run")["step"] == 4 and stopped.value.code == 128 + signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt):
+        at_step(monkeypatch, 4, twice(2))
+        train.main(tiny())
+    assert load(tmp_path / "run")["step"] == 4
+
+
 def assert_refused(cfg, folder):
     """The message of the UserError; no file was changed."""
     before = {path: path.read_bytes() for path in folder.iterdir()}
@@ -860,6 +882,17 @@ def test_what_happened_in_another_process_is_heard_of(monkeypatch):
         assert train.anywhere([1], CPU) and bool(train.anywhere([], CPU)) == (elsewhere > 0)
 
 
+def test_a_run_from_scratch_that_torchrun_starts_again_goes_on(tiny, tmp_path, monkeypatch):
+    cfg = tiny(init_from="scratch", max_steps=4)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 2, signal.SIGTERM)
+        train.main(cfg)
+    assert "init_from=scratch would overwrite" in assert_refused(cfg, tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train.main(cfg)
+    assert [entry["step"] for entry in read_log(tmp_path / "run")] == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("key, value", [("lr", 0.01), ("max_steps", 90), ("ema_widths", (0.05,)), ("seed", 1)])
 def test_a_run_is_not_continued_with_other_settings(half_done, key, value):
     folder, cfg = half_done
@@ -881,6 +914,7 @@ def test_a_run_is_continued_with_other_settings_if_that_is_asked_for(half_done, 
     assert "going on with other settings" in said and "lr was" in said and "ema_widths was" in said
     after = load(folder)
     assert after["step"] == state["step"] + 1 and set(after["ema"]) == {0.05, 0.15}
+    assert not any(x.requires_grad for average in after["ema"].values() for x in average.values())
     assert 0 < weights_moved(after, state) < 0.05 and after["settings"]["lr"] == 0.005
     cfg.channels = 32
     assert "another network: " in assert_refused(cfg, folder)
@@ -906,13 +940,15 @@ def test_a_run_goes_on_with_the_scale_of_the_data_it_began_with(half_done, monke
     assert load(folder)["step"] == cfg.max_steps and load(folder)["stats"] == before
 
 
-def test_a_run_does_not_go_on_with_other_data_unasked(half_done, digits, tmp_path, capsys):
+def test_a_run_does_not_go_on_with_other_data_unasked(half_done, digits, tmp_path, monkeypatch, capsys):
     """Digits that were held out would be trained on, and those trained on be held out; a copy elsewhere is the same."""
     folder, cfg = half_done
-    shutil.copytree(digits, tmp_path / "moved")
-    cfg.data_dir, cfg.max_steps, cfg.init_from = f"{tmp_path / 'moved'}/", cfg.max_steps + 1, "changed"
-    train.main(cfg)
-    assert "the data were" not in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    for place in ("MNIST", f"{tmp_path / 'moved'}/"):       # the first is a word of what the data are said to be, too
+        shutil.copytree(digits, place)
+        cfg.data_dir, cfg.max_steps, cfg.init_from = place, cfg.max_steps + 1, "changed"
+        train.main(cfg)
+        assert "the data were" not in capsys.readouterr().out
     shutil.copy(digits / "t10k-images-idx3-ubyte", tmp_path / "moved/train-images-idx3-ubyte")
     find_images.cache_clear()                               # as in a process of its own
     cfg.init_from = "auto"
