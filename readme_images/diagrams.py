@@ -20,7 +20,7 @@ from matplotlib.patches import Rectangle
 
 from model import sees
 
-BLUE, PALE_BLUE, ORANGE, INK, GREY = "#4a7ebb", "#d3e2f4", "#f2a65a", "#222222", "#777777"
+BLUE, PALE_BLUE, ORANGE, INK = "#4a7ebb", "#d3e2f4", "#f2a65a", "#222222"
 DPI = 170
 
 plt.rcParams.update({
@@ -121,12 +121,11 @@ PANEL = 6.2  # from one panel to the next
 TOP, CENTER, BOTTOM = 2.3, 0.8, 0.0  # rows of boxes
 
 
-def frame(axes, x, y, name, noised=False, supervised=False, forgotten=False):
+def frame(axes, x, y, name, noised=False, supervised=False):
     """One frame of a clip, (x, y) being its box's lower left corner."""
     look = {"fill": PALE_BLUE, "hatch": "....", "hatch_color": "#a9c0dc"} if noised else {"fill": "white"}
-    style, color = ((0, (2, 2)), GREY) if forgotten else ("-", INK)
-    box(axes, x, y, SIDE, SIDE, **look, edgecolor=color, lw=2.2 if supervised else 0.9, ls=style)
-    axes.text(x + SIDE / 2, y + SIDE / 2, name, ha="center", va="center", size=10.5, color=color)
+    box(axes, x, y, SIDE, SIDE, **look, lw=2.2 if supervised else 0.9)
+    axes.text(x + SIDE / 2, y + SIDE / 2, name, ha="center", va="center", size=10.5)
 
 
 def arrow(axes, start, end, bend=0.0, style="-|>"):
@@ -134,11 +133,11 @@ def arrow(axes, start, end, bend=0.0, style="-|>"):
     axes.annotate("", end, start, arrowprops={**look, "color": BLUE, "lw": 0.9, "shrinkA": 1, "shrinkB": 2.5})
 
 
-def clip(axes, x, y, noised, supervised=(), forgotten=()):
-    """A row of frames 1 to T, of which those in `noised`, `supervised` and `forgotten` are."""
+def clip(axes, x, y, noised, supervised=()):
+    """A row of frames 1 to T, of which those in `noised` and `supervised` are."""
     for t in range(1, T + 1):
         is_noised = t in noised
-        frame(axes, x + t - 1, y, frame_name(t, is_noised), is_noised, t in supervised, t in forgotten)
+        frame(axes, x + t - 1, y, frame_name(t, is_noised), is_noised, t in supervised)
 
 
 def middle(x, t):
@@ -165,41 +164,47 @@ def draw_independent(axes, x):
         arc(axes, x, CENTER + SIDE, past, t, bend=-0.45)
 
 
-def draw_last_frame(axes, x, context=T - 1):
-    """Of the clean frames the last `context` feed the one noised frame at the end."""
-    clip(axes, x, CENTER, noised=[T], supervised=[T], forgotten=range(1, T - context))
-    for past in range(T - context, T):
+def draw_last_frame(axes, x):
+    clip(axes, x, CENTER, noised=[T], supervised=[T])
+    for past in range(1, T):
         arc(axes, x, CENTER + SIDE, past, T, bend=-0.45)
 
 
-def draw_stacking(axes, x):
-    draw_last_frame(axes, x, context=2)
-
-
-def draw_ours(axes, x):
+def draw_two_rows(axes, x, reach):
+    """Clean frames, and above them noised ones that see the last `reach` of them."""
     clip(axes, x, BOTTOM, noised=())
     clip(axes, x, TOP, noised=ALL, supervised=ALL)
     for past, t in PAIRS:
-        arrow(axes, (middle(x, past), BOTTOM + SIDE), (middle(x, t), TOP))
+        if t - past <= reach:
+            arrow(axes, (middle(x, past), BOTTOM + SIDE), (middle(x, t), TOP))
+
+
+def draw_stacking(axes, x):
+    draw_two_rows(axes, x, reach=2)
+
+
+def draw_ours(axes, x):
+    draw_two_rows(axes, x, reach=T)
+    for past, t in PAIRS:
         arc(axes, x, BOTTOM, past, t, bend=0.3)
 
 
-REGIMES = [  # title, what draws it, supervised frames per frame processed, what comes with it
+REGIMES = [  # title, what draws it, supervised frames of those that go through the network, what comes with it
     ("whole-clip diffusion", draw_whole_clip, "$T$ of $T$", "but one fixed length,\nnot step by step"),
-    ("independent noise", draw_independent, "$T$ of $T$", "but the past seen in\ntraining is noised"),
-    ("frame stacking", draw_stacking, "$1$ of $k+1$", "all but the last $k$ frames\nare forgotten"),
-    ("last frame only", draw_last_frame, "$1$ of $T$", "full past, but $T$ times\nless signal per pass"),
-    ("ours", draw_ours, "$T$ of $2T$", "with one noised copy;\nevery one has its full past"),
+    ("independent noise", draw_independent, "$T$ of $T$", "but the past seen in training\nis noised to any level"),
+    ("frame stacking", draw_stacking, "$T$ of $T$", "the last $k$ frames are input channels,\nall others are forgotten"),
+    ("last frame only", draw_last_frame, "$1$ of $T$", "a full past, but little\nsignal per pass"),
+    ("ours", draw_ours, "$T$ of $2T$", "with one noised copy; the clean\none skips the decoder"),
 ]
 
 
 def draw_key(axes, y):
     """What boxes and arrows mean, in one line under the panels."""
-    for x, meaning in ((4.6, "clean"), (8.4, "noised"), (12.6, "supervised"), (17.7, "forgotten")):
+    for x, meaning in ((6.6, "clean"), (10.4, "noised"), (14.6, "supervised")):
         frame(axes, x, y, "", **({} if meaning == "clean" else {meaning: True}))
         axes.text(x + 1.1, y + SIDE / 2, meaning, va="center", size=9)
-    arrow(axes, (22.1, y + SIDE / 2), (23.2, y + SIDE / 2))
-    axes.text(23.5, y + SIDE / 2, "is seen by", va="center", size=9)
+    arrow(axes, (20.1, y + SIDE / 2), (21.2, y + SIDE / 2))
+    axes.text(21.5, y + SIDE / 2, "is seen by", va="center", size=9)
 
 
 def draw_regimes():
@@ -211,9 +216,9 @@ def draw_regimes():
         draw(axes, x)
         axes.text(center, -2.35, ratio, ha="center", va="center", size=13)
         axes.text(center, -2.9, meaning, ha="center", va="top", size=8.5, linespacing=1.3)
-    question = "supervised frames per frame processed"
+    question = "supervised frames of those that go through the network"
     axes.text(14.8, -1.45, question, ha="center", va="center", size=9, style="italic")
-    for start, end in ((0, 10.9), (18.7, 29.6)):
+    for start, end in ((0, 9.4), (20.2, 29.6)):
         axes.plot([start, end], [-1.45, -1.45], color="#bbbbbb", lw=0.8)
     draw_key(axes, -5.5)
     save(axes, "regimes.png")
