@@ -370,16 +370,19 @@ def sample_table(cfg, device):
 # Table 6: counted from shapes, for a GPU in bfloat16: the memory of a step, and what processes exchange.
 
 def memory_table(cfg, device):
-    """Per parameter 4 bytes each of weight, gradient, moments (muon's one, adam's two) and averages; per clip what a
-    forward pass keeps, counted in float32 on a CPU, which has to hold it, and halved. A tenth of a card stays free."""
-    clips = torch.zeros(1, cfg.frames, *model_of(cfg).cfg.frame_shape)
-    step = video_step(uncompiled(cfg), clips, cfg.noised_copies, CPU)
+    """Per parameter 4 bytes each of weight, gradient, moments (muon's one, adam's two) and averages; what a forward
+    pass keeps, scaled weights once and the rest per clip, counted in float32 on a CPU, which has to hold it, and
+    halved. A tenth of a card stays free."""
+    two = torch.zeros(2, cfg.frames, *model_of(cfg).cfg.frame_shape)
+    of_two, step = (video_step(uncompiled(cfg), clips, cfg.noised_copies, CPU) for clips in (two, two[:1]))
     count = sum(p.numel() for p in step.model.parameters())
     state = 4 * count * (2 + {"muon": 1, "adam": 2}[cfg.optimizer] + len(cfg.ema_widths))
-    kept = kept_bytes(step.loss) / 2
+    kept = (kept_bytes(of_two.loss) - kept_bytes(step.loss)) / 2
+    once = kept_bytes(step.loss) / 2 - kept
     rows = [{"T": cfg.frames, "R": cfg.noised_copies, "million parameters": count / 1e6, "state MB": state / 1e6,
-             "MB per clip": kept / 1e6, "GFLOP per clip": count_flops(step.loss_and_gradients) / 1e9,
-             **{f"clips in {size} GB": int((0.9e9 * size - state) / kept) for size in (12, 24, 80)},
+             "MB once": once / 1e6, "MB per clip": kept / 1e6,
+             "GFLOP per clip": count_flops(step.loss_and_gradients) / 1e9,
+             **{f"clips in {size} GB": int((0.9e9 * size - state - once) / kept) for size in (12, 24, 80)},
              "MB exchanged per step": 8 * count / 1e6}]                     # each gradient sent and received once
     print_table("Counted: memory of a training step in bfloat16, and the exchange of gradients between processes", rows)
     return rows
