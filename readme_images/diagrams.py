@@ -192,7 +192,7 @@ def draw_ours(axes, x):
 REGIMES = [  # title, what draws it, supervised frames of those that go through the network, what comes with it
     ("whole-clip diffusion", draw_whole_clip, "$T$ of $T$", "but one fixed length,\nnot step by step"),
     ("independent noise", draw_independent, "$T$ of $T$", "but the past seen in training\nis noised to any level"),
-    ("frame stacking", draw_stacking, "$T$ of $T$", "the last $k$ frames are input channels,\nall others are forgotten"),
+    ("frame stacking", draw_stacking, "$T$ of $T$", "the last $k$ frames are input\nchannels, all others forgotten"),
     ("last frame only", draw_last_frame, "$1$ of $T$", "a full past, but little\nsignal per pass"),
     ("ours", draw_ours, "$T$ of $2T$", "with one noised copy; the clean\none skips the decoder"),
 ]

@@ -479,7 +479,7 @@ def test_the_benchmark_counts_what_the_method_saves(command, tmp_path, workshop)
     (row,) = tables["memory"]                                # momentum, two averages, weight and gradient; fp32
     assert row["state MB"] == pytest.approx(20 * row["million parameters"])
     assert 0 < row["clips in 12 GB"] < row["clips in 24 GB"] / 2 and row["MB per clip"] > 1
-    assert row["MB once"] == pytest.approx(2 * row["million parameters"], rel=0.1)       # weights scaled, in bfloat16
+    assert 1 < row["MB once"] / row["million parameters"] < 2.1         # scaled weights, most of them, in bfloat16
     assert len({row["cache MB"] for row in tables["sample"] if "cache MB" in row}) == 1
 
 
