@@ -30,6 +30,7 @@ from config import UserError, plain_settings, read_file, run
 from data import (
     Batches,
     CanvasWorld,
+    MovingDigits,
     load_batch,
     measure,
     open_source,
@@ -223,7 +224,8 @@ def gaps(places):
 
 
 def memory(model, stats, cfg, device, sigma=10.0):
-    """{who: errors over the data variance for each of `GAPS`}: the model's, of a copy of the last frame, of black."""
+    """{who: errors over the data variance for each of `GAPS`}: the model's, of a copy of the last frame, of black; and
+    how many frames' worth of pixels that is."""
     cfg = SimpleNamespace(**vars(cfg) | {"frames": cfg.memory_frames})
     frames, actions = load_batch(open_source(cfg, "val"), range(cfg.eval_clips))
     gap = np.stack([gaps(Places(cfg, "val").clip(i)[0][:, 0]) for i in range(cfg.eval_clips)])[:, 1:]
@@ -237,14 +239,15 @@ def memory(model, stats, cfg, device, sigma=10.0):
     errors = {who: ((answer - clips[:, 1:]) ** 2 / cfg.sigma_data ** 2)[:, :, 0].cpu().numpy()
               for who, answer in answers.items()}
     groups = [(gap >= low) & (gap <= high) for low, high in GAPS]
-    return {"memory": {who: [float(error[group].mean()) if group.any() else math.nan for group in groups]
-                       for who, error in errors.items()}}
+    return {"memory": {"frames' worth of pixels": [round(group.sum() / cfg.frame_size ** 2) for group in groups]} |
+            {who: [float(error[group].mean()) if group.any() else math.nan for group in groups]
+             for who, error in errors.items()}}
 
 
 def memory_tables(entries):
     """One table, as rows."""
     names = [f"{low}" if low == high else f"{low} to {high}" for low, high in GAPS[:-1]]
-    lines = {who: entries[0]["memory"][who] for who in ("copy of the last frame", "black")}
+    lines = {who: line for who, line in entries[0]["memory"].items() if who != "error"}
     lines |= {entry["title"]: entry["memory"]["error"] for entry in entries}
     return [[["last seen, frames ago", *names, "never"], *([who, *figures(line)] for who, line in lines.items())]]
 
@@ -252,22 +255,21 @@ def memory_tables(entries):
 # ---------------------------------------------------------------------------------------------------
 # Experiment 4, the protocol of Moving MNIST. Frames in [0, 1], n t h w; each frame is measured, then frames averaged.
 
-def gaussian_filter(x, size=11, sigma=1.5):
-    """x .. h w, without its border."""
-    taps = np.exp(-0.5 * ((np.arange(size) - size // 2) / sigma) ** 2)
+def window_means(x, size=7):
+    """Of every window of size x size that lies within x .. h w."""
     for axis in (-1, -2):
-        x = np.lib.stride_tricks.sliding_window_view(x, size, axis) @ (taps / taps.sum())
+        x = np.lib.stride_tricks.sliding_window_view(x, size, axis).mean(-1)
     return x
 
 
 def ssim(x, y):
-    """Structural similarity as Wang et al. 2004 define it: Gaussian window of 11 x 11, sigma 1.5, wherever it lies
-    within the frame; K 0.01 and 0.03. .. h w -> .."""
-    mean_x, mean_y = gaussian_filter(x), gaussian_filter(y)
-    var_x, var_y = gaussian_filter(x * x) - mean_x ** 2, gaussian_filter(y * y) - mean_y ** 2
-    covariance = gaussian_filter(x * y) - mean_x * mean_y
-    similarity = (2 * mean_x * mean_y + 1e-4) * (2 * covariance + 9e-4) / \
-        ((mean_x ** 2 + mean_y ** 2 + 1e-4) * (var_x + var_y + 9e-4))
+    """Structural similarity as the published figures have it (scikit-image's): flat windows of 7 x 7, the covariance of
+    a sample, K 0.01 and 0.03, range 1. .. h w -> .."""
+    mean_x, mean_y, unbiased = window_means(x), window_means(y), 49 / 48
+    var_x, var_y = window_means(x * x) - mean_x ** 2, window_means(y * y) - mean_y ** 2
+    covariance = window_means(x * y) - mean_x * mean_y
+    similarity = (2 * mean_x * mean_y + 1e-4) * (2 * unbiased * covariance + 9e-4) / \
+        ((mean_x ** 2 + mean_y ** 2 + 1e-4) * (unbiased * (var_x + var_y) + 9e-4))
     return similarity.mean((-1, -2))
 
 
@@ -279,13 +281,16 @@ def frame_metrics(x, y):
     return {name: value.mean(1) for name, value in per_frame.items()}
 
 
-def protocol_rows(made, truth):
-    """Table rows for made s n t h w, of which sample 0 is 'one sample'."""
+def protocol_rows(made, truth, last):
+    """Table rows for made s n t h w and the last given frames n h w. 'One sample' is averaged over all."""
     each = [frame_metrics(sample_s, truth) for sample_s in made]
-    best = np.argmin([metrics["MSE"] for metrics in each], axis=0)
-    ways = {"one sample": each[0], f"mean of {len(made)} samples": frame_metrics(made.mean(0), truth),
-            f"best of {len(made)}, by MSE": {name: np.choose(best, [m[name] for m in each]) for name in each[0]}}
-    return [["", *each[0]], *([way, *(f"{value.mean():.4g}" for value in figures.values())]
+    each = {name: np.stack([metrics[name] for metrics in each]) for name in each[0]}     # s n
+    best = each["MSE"].argmin(0)[None]
+    ways = {"one sample": each, f"mean of {len(made)} samples": frame_metrics(made.mean(0), truth),
+            f"best of {len(made)}, by MSE": {name: np.take_along_axis(m, best, 0) for name, m in each.items()},
+            "the last given frame": frame_metrics(np.broadcast_to(last[:, None], truth.shape), truth),
+            "black": frame_metrics(np.zeros_like(truth), truth)}
+    return [["", *each], *([way, *(f"{value.mean():.4g}" for value in figures.values())]
                               for way, figures in ways.items())]
 
 
@@ -299,14 +304,33 @@ def walls_met(source, index, given):
     return np.maximum.accumulate(arrived.any(1)[given - 2:-1])
 
 
-def stochastic_rows(made, truth, met, variance):
-    """Table rows for made s n t h w and met n t: per frame, over the data variance, how far samples differ from each
-    other (twice their variance) and from the truth, apart for clips whose future is settled and open."""
+class OtherFutures(MovingDigits):
+    """Clips of one digit that leaves walls in new directions: as they are for `given` frames, and then as they might
+    have gone on as well."""
+
+    def __init__(self, cfg, split, given, number):
+        super().__init__(cfg, split)
+        self.given, self.number = given, number
+
+    def _random_bounces(self, rng, place, velocity):
+        for t, here in enumerate(super()._random_bounces(rng, place, velocity), start=1):
+            if t == self.given:
+                fresh = np.random.default_rng((self.number, rng.integers(2 ** 62)))
+                rng.bit_generator.state = fresh.bit_generator.state
+            yield here
+
+
+def stochastic_rows(made, possible, truth, met, variance):
+    """Table rows for made s n t h w, possible futures s n t h w and met n t: per frame, over the data variance, how far
+    samples differ from each other (twice their variance), possible futures do, and samples from the truth, apart for
+    clips whose future is settled and open."""
     def distance(x, y):
         return ((x - y) ** 2).mean((-1, -2)) / variance
     errors = np.stack([distance(sample_s, truth) for sample_s in made])
     best = np.take_along_axis(errors, errors.sum(-1).argmin(0)[None, :, None], 0)[0]
-    columns = {"samples from each other": 2 * made.var(0, ddof=1).mean((-1, -2)) / variance, "one sample": errors[0],
+    columns = {name: 2 * those.var(0, ddof=1).mean((-1, -2)) / variance for name, those in
+               (("samples from each other", made), ("possible futures from each other", possible))}
+    columns |= {"one sample": errors.mean(0),
                f"mean of {len(made)}": distance(made.mean(0), truth), f"best of {len(made)}": best}
     rows = [["frame", "clips whose future is settled", *columns, "clips whose future is open", *columns]]
     for t in range(met.shape[1]):
@@ -335,17 +359,19 @@ def evaluate_protocol(cfg, device, given=10, predicted=10):
     if (settings.digits, settings.frame_size) != (2, 64):
         print("published figures are for two digits in 64 x 64 pixels: these are not to be put beside them")
     made, truth = np.stack(made), clips[:, given:, 0].numpy() / 255
-    print_markdown(protocol_rows(made, truth))
+    print_markdown(protocol_rows(made, truth, clips[:, given - 1, 0].numpy() / 255))
     if settings.bounce == "random" and settings.digits == 1:
         met = np.stack([walls_met(source, index, given) for index in range(cfg.clips)])
-        print_markdown(stochastic_rows(made, truth, met, state["stats"]["std"][0] ** 2))
+        possible = np.stack([load_batch(OtherFutures(settings, "val", given, number), range(cfg.clips))[0][:, given:, 0]
+                             for number in range(cfg.samples)]) / 255
+        print_markdown(stochastic_rows(made, possible, truth, met, state["stats"]["std"][0] ** 2))
 
 
 # ---------------------------------------------------------------------------------------------------
 # Tables and pictures, from the files.
 
 def figures(values):
-    return [f"{value:.3f}" for value in np.array(values, float)]
+    return [str(value) if isinstance(value, int) else f"{np.float64(value):.3f}" for value in values]
 
 
 def print_markdown(rows):

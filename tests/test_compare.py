@@ -171,12 +171,9 @@ def test_identical_images_are_perfect_and_metrics_are_what_they_say():
 
 def test_similarity_in_one_window_is_its_formula():
     rng = np.random.default_rng(0)
-    x, y = rng.random((11, 11)), rng.random((11, 11))
-    offsets = np.arange(11) - 5
-    w = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5 ** 2))
-    w /= w.sum()
-    mx, my = (w * x).sum(), (w * y).sum()
-    vx, vy, cov = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
+    x, y = rng.random((7, 7)), rng.random((7, 7))
+    mx, my = x.mean(), y.mean()
+    (vx, cov), (_, vy) = np.cov(x.ravel(), y.ravel())
     luminance = (2 * mx * my + 0.01 ** 2) / (mx ** 2 + my ** 2 + 0.01 ** 2)
     assert np.isclose(compare.ssim(x, y), luminance * (2 * cov + 0.03 ** 2) / (vx + vy + 0.03 ** 2))
 
@@ -184,8 +181,9 @@ def test_similarity_in_one_window_is_its_formula():
 def test_the_best_of_the_samples_is_chosen_clip_by_clip():
     truth = np.zeros((2, 1, 16, 16))
     made = np.stack([np.stack([truth[0], truth[1] + 1]), np.stack([truth[0] + 0.5, truth[1] + 0.5])])
-    rows = {row[0]: row[1:] for row in compare.protocol_rows(made, truth)}
-    assert float(rows["one sample"][0]) == 128
+    rows = {row[0]: row[1:] for row in compare.protocol_rows(made, truth, truth[:, 0] + 2)}
+    assert float(rows["one sample"][0]) == 96               # of 0, 256, 64 and 64
+    assert float(rows["black"][0]) == 0 and float(rows["the last given frame"][0]) == 1024
     assert float(rows["mean of 2 samples"][0]) == 256 * (0.25 ** 2 + 0.75 ** 2) / 2
     assert float(rows["best of 2, by MSE"][0]) == 32
 
@@ -201,11 +199,23 @@ def test_the_future_is_open_from_the_first_wall_on(cfg):
     assert same[~met].all() and same[met].mean() < 0.5 and 0.2 < met.mean() < 0.95
 
 
+def test_other_futures_are_the_same_until_a_wall_is_met_and_may_differ_from_then_on(cfg):
+    cfg = SimpleNamespace(**vars(cfg) | {"frames": 12, "speed": (1.0, 1.5), "bounce": "random"})
+    source = open_source(cfg, "val")
+    clips, one, other = (np.stack([s.clip(i)[0] for i in range(40)]) for s in
+                         (source, compare.OtherFutures(cfg, "val", 4, 0), compare.OtherFutures(cfg, "val", 4, 1)))
+    met = np.stack([compare.walls_met(source, i, 4) for i in range(40)])
+    for a, b in ((clips, one), (one, other)):
+        same = (a == b).all((2, 3, 4))
+        assert same[:, :4].all() and same[:, 4:][~met].all() and 0.1 < same[:, 4:][met].mean() < 0.7
+
+
 def test_samples_are_told_apart_where_the_future_is_open():
     truth = np.zeros((2, 1, 16, 16))
     made = np.stack([truth + 1, np.stack([truth[0] + 1, truth[1] + 3])])
-    header, row = compare.stochastic_rows(made, truth, np.array([[False], [True]]), 0.5)
-    assert row == ["1", "1", "0.000", "2.000", "2.000", "2.000", "1", "8.000", "2.000", "8.000", "2.000"]
+    header, row = compare.stochastic_rows(made, 2 * made, truth, np.array([[False], [True]]), 0.5)
+    assert row == ["1", "1", "0.000", "0.000", "2.000", "2.000", "2.000",
+                   "1", "8.000", "32.000", "10.000", "8.000", "2.000"]
     assert len(header) == len(row)
 
 
@@ -230,6 +240,7 @@ def test_memory_is_the_error_of_what_was_last_seen_so_long_ago(cfg):
     right, late = (compare.memory(answers(shift), stats, cfg, torch.device("cpu"))["memory"] for shift in (0, 1))
     known = [i for i, error in enumerate(right["error"]) if not math.isnan(error)]
     assert known[:3] == [0, 1, 2] and known[-1] == len(compare.GAPS) - 1
+    assert sum(right["frames' worth of pixels"]) == pytest.approx(12 * 11, abs=5)
     assert not any(right["error"][i] for i in known) and all(right["black"][i] > 0 for i in known)
     assert [late["error"][i] for i in known] == [right["copy of the last frame"][i] for i in known]
 
@@ -253,9 +264,10 @@ def test_a_checkpoint_is_evaluated_by_the_protocol(cfg, tmp_path, capsys):
     cfg.checkpoint, cfg.clips, cfg.samples = str(run.path), 3, 2
     compare.evaluate_protocol(cfg, torch.device("cpu"))
     lines = capsys.readouterr().out.splitlines()
-    assert "not to be put beside them" in lines[-7]
-    table = [line.split(" | ") for line in lines[-6:-1]]
-    assert [row[0] for row in table[2:]] == ["| one sample", "| mean of 2 samples", "| best of 2, by MSE"]
+    assert "not to be put beside them" in lines[-9]
+    table = [line.split(" | ") for line in lines[-8:-1]]
+    assert [row[0] for row in table[2:]] == ["| one sample", "| mean of 2 samples", "| best of 2, by MSE",
+                                             "| the last given frame", "| black"]
     assert 0 < float(table[4][1]) <= float(table[2][1]) < 256
 
 
