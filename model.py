@@ -51,8 +51,9 @@ def mp_sum(a, b, t):
 def mp_cat(a, b, t=0.5):
     """Channels of a, then of b, scaled so that b contributes with weight t whatever its size (EDM2 Eq. 103)."""
     n_a, n_b = a.shape[1], b.shape[1]
-    scale = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t ** 2))
-    return torch.cat([a * (scale * (1 - t) / math.sqrt(n_a)), b * (scale * t / math.sqrt(n_b))], dim=1)
+    scale = (n_a + n_b) / ((1 - t) ** 2 + t ** 2)
+    parts = (a, (1 - t) * math.sqrt(scale / n_a)), (b, t * math.sqrt(scale / n_b))       # factors of 1 for equal parts
+    return torch.cat([x if factor == 1 else x * factor for x, factor in parts], dim=1)
 
 
 class MPFourier(nn.Module):
@@ -83,12 +84,13 @@ class MPWeight(nn.Module):
     def scaled(self, dtype, gain=1.0):
         """The weight as it acts; when no gradient is wanted, computed once, until the weight is written to. A compiled
         evaluation takes what the one before it, not compiled, has computed."""
-        if self.weight.requires_grad:
+        weight, known = self.weight, self.frozen
+        if weight.requires_grad:
             return self.scale(dtype, gain)
-        key, known = (dtype, gain, self.weight.device), self.frozen
-        if known[0] != key or not torch.compiler.is_compiling() and known[1] != self.weight._version:
-            self.frozen = key, self.weight._version, self.scale(dtype, gain)
-        return self.frozen[2]
+        key = dtype, gain, weight.device
+        if known[0] != key or not torch.compiler.is_compiling() and known[1] != weight._version:
+            self.frozen = known = key, weight._version, self.scale(dtype, gain)
+        return known[2]
 
     def scale(self, dtype, gain):
         return (self.weight * (gain / math.sqrt(self.fan_in))).to(dtype)
@@ -156,6 +158,14 @@ class Cache:
             self.tables[key] = function(self.clock[None], *settings)
         return self.tables[key]
 
+    def __deepcopy__(self, memo):
+        """The same past, to go on from in another way; layers are told apart by identity, so they are not copied."""
+        other = Cache(self.clock.device)
+        other.clock = self.clock.clone()
+        other.tensors, other.tables = ({key: tensor.clone() for key, tensor in tensors.items()}
+                                       for tensors in (self.tensors, self.tables))
+        return other
+
     def advance(self, frames):
         self.clock += frames
         for (function, *settings), table in self.tables.items():
@@ -188,15 +198,16 @@ class Sequence:
         return self.known[key]
 
     def unfold(self, x):
-        return rearrange(x, "(b s t) ... -> b s t ...", s=self.copies, t=self.frames)
+        """(b s t) .. -> b s t .."""
+        return x.unflatten(0, (-1, self.copies, self.frames))
 
     def noised(self, x):
         """Of x b s t .. the frames to be denoised: b r t .., without clean ones."""
         return x[:, int(not self.cache or self.commit):]
 
     def going_on(self, x):
-        """Of x b s t .. what the next layer reads."""
-        return self.noised(x) if self.last else x
+        """Of x (b s t) .. what the next layer reads."""
+        return self.noised(self.unfold(x)).flatten(0, 2) if self.last else x
 
 
 def past_gain(positions, kernel, dtype):
@@ -219,14 +230,13 @@ class CausalConv(MPWeight):
     def forward(self, x, scale, seq, gain=1.0):
         """x: (b s t) c_in h w; scale: (b s t) c_out, multiplied into the output -> of those going on, as x."""
         weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
-        x, scale = seq.unfold(x), seq.unfold(scale)
+        y = F.conv2d(seq.going_on(x), weight[0], padding=1)
         if self.kernel > 1:
-            past = self.past(x, weight[1:], seq)[:, None].expand(-1, seq.copies, -1, -1, -1, -1)
-            scale = scale * self.table(x, seq)
-        scale = seq.going_on(scale)
-        y = F.conv2d(seq.going_on(x).flatten(0, 2), weight[0], padding=1).unflatten(0, scale.shape[:3])
-        y = y + seq.going_on(past) if self.kernel > 1 else y
-        return (y * scale[..., None, None]).flatten(0, 2)
+            past = self.past(seq.unfold(x), weight[1:], seq)[:, None].expand(-1, seq.copies, -1, -1, -1, -1)
+            past = seq.noised(past) if seq.last else past
+            y = (y.unflatten(0, past.shape[:3]) + past).flatten(0, 2)
+            scale = (seq.unfold(scale) * self.table(x, seq)).flatten(0, 2)
+        return y * seq.going_on(scale)[..., None, None]
 
     def table(self, x, seq):
         return seq.of_positions(past_gain, x.device, self.kernel, x.dtype)
@@ -368,7 +378,7 @@ class Attention(nn.Module):
     def forward(self, x, seq):
         qkv = rearrange(self.qkv(x), "(b s t) (n m d) h w -> n b s t m (h w) d",
                         n=3, d=self.head_dim, s=seq.copies, t=seq.frames)
-        gains = F.pad(self.sharpness[None], (0, 0, 0, 2), value=1)[:, None, None, None, :, None, None]   # of q, k, v
+        gains = F.pad(self.sharpness[None], (0, 0, 0, 2), value=1).view(3, 1, 1, 1, -1, 1, 1)           # of q, k, v
         y = self.attend(unit_rms(qkv, -1, gains), seq)
         y = rearrange(y, "b s t m (h w) d -> (b s t) (m d) h w", h=x.shape[2])
         return torch.add(self.out(y, BRANCH), x, alpha=TRUNK)
@@ -378,6 +388,8 @@ class Attention(nn.Module):
 
     def attend(self, qkv, seq):
         if self.window == 1:
+            if qkv.is_cuda or qkv.shape[-2] >= 128:         # fused kernels want d innermost; on CPUs they pay for many
+                qkv = qkv.contiguous()
             return F.scaled_dot_product_attention(*qkv.flatten(1, 3)).view_as(qkv[0])
         q_and_k, (v,) = qkv.split([2, 1])
         q, k = rotate(q_and_k, *self.table(v, seq))
@@ -454,7 +466,7 @@ class Block(nn.Module):
         scale = (1 + self.emb(emb) * self.emb_gain).to(x.dtype)
         y = F.dropout(F.silu(self.conv0(F.silu(x), scale, seq, SILU_GAIN)), self.dropout, self.training)
         y = self.conv1(y, SILU_GAIN * BRANCH)
-        x = torch.add(y, seq.going_on(seq.unfold(trunk)).flatten(0, 2), alpha=TRUNK)
+        x = torch.add(y, seq.going_on(trunk), alpha=TRUNK)
         return self.attention(x, seq) if self.attention else x
 
 
@@ -590,7 +602,7 @@ class Denoiser(nn.Module):
         if self.action_emb is not None:
             known = actions.isfinite().all(-1) if actions.is_floating_point() else actions >= 0
             if not actions.is_floating_point():
-                actions = F.one_hot(actions.clamp(min=0), self.cfg.action_dim) * math.sqrt(self.cfg.action_dim)
+                actions = F.one_hot(actions.long().clamp(min=0), self.cfg.action_dim) * math.sqrt(self.cfg.action_dim)
             acted = self.action_emb(actions.float().nan_to_num())[:, None].expand_as(emb)
             emb = torch.where(known[:, None, :, None], mp_sum(emb, acted, 0.5), emb)
         return mp_silu(emb)

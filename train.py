@@ -403,8 +403,8 @@ def draw_log(folder):
 def check_settings(cfg):
     """UserError for what would otherwise fail late, or silently do nothing."""
     at_least(cfg, 1, "max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval", "channels",
-             "patch_size", "accumulate", "max_skipped", "ref_steps", "picture_steps")
-    at_least(cfg, 0, "seed", "blocks_per_level", "eval_interval", "eval_context", "context_noise", "action_dropout",
+             "patch_size", "blocks_per_level", "accumulate", "max_skipped", "ref_steps", "picture_steps")
+    at_least(cfg, 0, "seed", "eval_interval", "eval_context", "context_noise", "action_dropout",
              "dropout")
     for name in ("frames", "picture_frames"):
         require(getattr(cfg, name) > cfg.eval_context,

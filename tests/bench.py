@@ -334,11 +334,14 @@ def read_frames(model, n, device):
 
 
 def sample_table(cfg, device):
-    torch.set_grad_enabled(False)
-    model, window = model_of(cfg).eval().requires_grad_(False).to(device), cfg.window
-    model.dtype = compute_dtype(device)
-    picture = image_model(cfg).eval().requires_grad_(False).to(device)
-    picture.dtype = model.dtype
+    models = [make(cfg).eval().requires_grad_(False).to(device) for make in (model_of, image_model)]
+    with torch.no_grad() if cfg.compile else torch.inference_mode():        # as sample.py does
+        return sample_rows(cfg, device, *models)
+
+
+def sample_rows(cfg, device, model, picture):
+    model.dtype = picture.dtype = compute_dtype(device)
+    window = cfg.window
     x, sigma = torch.randn(1, 1, *model.cfg.frame_shape, device=device), torch.ones(1, 1, device=device)
     one = x[:, None], sigma[:, None], None
     picture.denoise(*one, OneCopy(1, 1))                    # freezes its weights, as a CUDA graph must not
@@ -369,7 +372,6 @@ def sample_table(cfg, device):
         ms = best_times({"frame": lambda r=rollout: next(r)}, device, cfg.repeat_times)["frame"]
         fps.append({"Euler steps": steps, "ms per frame": ms, "frames/s": 1e3 / ms})
     print_table("Rollout of one clip", fps)
-    torch.set_grad_enabled(True)
     return rows + fps
 
 

@@ -3,6 +3,7 @@
 `visible` is the contract written out once more; everything about the time axis is tested against it.
 """
 
+import copy
 import math
 from dataclasses import asdict
 
@@ -380,6 +381,20 @@ def test_two_interleaved_rollouts_do_not_mix():
             assert torch.equal(denoiser.step(x[:, 1, now], sigma[:, 1, now], cache), expected[t])
             denoiser.read(x[:, 0, now], sigma[:, 0, now], cache)
     assert farthest(alone[0][6], alone[1][6]) > 0.1
+
+
+def test_a_copied_cache_goes_on_by_itself_from_the_same_past():
+    denoiser = network(temporal_kernel=3)
+    x, sigma, _ = training_inputs(denoiser, frames=7)
+    expected, cache = frame_by_frame(denoiser, x, sigma), Cache()
+    denoiser.read(x[:, 0, :3], sigma[:, 0, :3], cache)
+    denoiser.step(x[:, 1, 3:4], sigma[:, 1, 3:4], cache)
+    branch = copy.deepcopy(cache)
+    denoiser.read(torch.randn_like(x[:, 0, :2]), sigma[:, 0, :2], cache)                # the other one goes elsewhere
+    for t in range(3, 7):
+        assert farthest(denoiser.step(x[:, 1, t:t + 1], sigma[:, 1, t:t + 1], branch), expected[t]) < 3e-6
+        denoiser.read(x[:, 0, t:t + 1], sigma[:, 0, t:t + 1], branch)
+    assert cache.position == 5 and branch.position == 7
 
 
 def test_a_rotation_in_time_repeats_after_a_period_exactly():
@@ -889,7 +904,8 @@ def test_a_discrete_action_is_a_one_hot_vector_of_unit_variance():
     denoiser = network(action_dim=5)
     x, sigma, actions = training_inputs(denoiser)
     as_vectors = torch.eye(5)[actions] * math.sqrt(5)
-    assert torch.equal(denoiser(x, sigma, actions)[0], denoiser(x, sigma, as_vectors)[0])
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        assert torch.equal(denoiser(x, sigma, actions.to(dtype))[0], denoiser(x, sigma, as_vectors)[0])
     assert farthest(denoiser(x, sigma, actions)[0], denoiser(x, sigma, -as_vectors)[0]) > 0.01
 
 
