@@ -217,6 +217,15 @@ def test_a_rollout_can_start_from_nothing(sampled):
     assert (made[0, 0] != made[1, 0]).any() and (made[0, 0] != made[0, 1]).any()
 
 
+def test_the_readmes_python_makes_frames(workshop, monkeypatch):
+    monkeypatch.chdir(workshop[0])
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert names["rollout"].cache.position == 100
+    assert names["picture"].shape == (1, 1, 16, 16) and names["picture"].dtype == torch.uint8
+
+
 def test_raw_averaged_and_rebuilt_weights_all_sample(sampled):
     made = {ema: sampled(f"{ema}.npy", ema=ema) for ema in (0, 0.05, 0.1, 0.08)}
     assert "raw weights" in made[0][0] and "averaged over 0.08" in made[0.08][0]
