@@ -104,21 +104,24 @@ def train_classifier(source, labels, steps=1000, batch=64):
 # The measurement.
 
 def measure(videos, truth, labels, net):
-    """Per frame, over the clips: how often the given digit is seen, ink over true ink and its spread, and the
-    squared error over that of a guess at the mean."""
-    seen = [(net(frame.float() / 255).argmax(1) == labels).float().mean().item() for frame in videos.unbind(1)]
+    """Per frame, over the clips: how often the given digit is seen (and for each clip whether), ink over true ink and
+    its spread, and the squared error over that of a guess at the mean."""
+    seen = torch.stack([net(frame.float() / 255).argmax(1) == labels for frame in videos.unbind(1)]).float()
     ink, true_ink = (rearrange(x.double(), "b t c h w -> b t (c h w)").mean(2) for x in (videos, truth))
     ratio = ink / true_ink[:, :1]
     error = (videos.double() - truth).square().mean((0, 2, 3, 4)) / truth.double().var()
-    return {"identity": seen, "ink": ratio.mean(0).tolist(), "ink_spread": ratio.std(0).tolist(),
-            "error": error.tolist()}
+    return {"identity": seen.mean(1).tolist(), "seen": seen.tolist(), "ink": ratio.mean(0).tolist(),
+            "ink_spread": ratio.std(0).tolist(), "error": error.tolist()}
 
 
 def print_table(name, figures, cfg):
     rows = range(cfg.given, cfg.frames, cfg.every)
     print(f"\n{name}\n  frame       " + "".join(f"{t + 1:7d}" for t in rows))
     for key, values in figures.items():
-        print(f"  {key:12s}" + "".join(f"{np.mean(values[t:t + cfg.every]):7.2f}" for t in rows))
+        spans = [np.array(values[t:t + cfg.every]) for t in rows]
+        if key == "seen":                                   # per clip: what other clips might have given
+            key, spans = "+-", [span.mean(0).std(ddof=1) / span.shape[1] ** 0.5 for span in spans]
+        print(f"  {key:12s}" + "".join(f"{np.mean(span):7.2f}" for span in spans))
     print(flush=True)
 
 

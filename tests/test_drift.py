@@ -69,3 +69,12 @@ def test_a_checkpoint_of_anything_but_one_digit_is_refused(monkeypatch, changes)
     monkeypatch.setattr(drift, "load_model", lambda *_: (SimpleNamespace(), {"settings": settings}))
     with pytest.raises(UserError, match=f"of {settings['digits']} digits|{settings['digits']} digits of dataset"):
         drift.main(SimpleNamespace(device="cpu", checkpoint="c.pt", ema=0.05, frames=4, data_dir=""))
+
+
+def test_the_table_says_how_far_other_clips_might_have_been(capsys):
+    """Of four clips one is seen in both frames of a row and one in one of them."""
+    seen = [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
+    cfg = SimpleNamespace(given=1, frames=3, every=2)
+    drift.print_table("some way", {"identity": [1, 0.5, 0.25], "seen": seen}, cfg)
+    rows = [line.split() for line in capsys.readouterr().out.strip().splitlines()]
+    assert rows[2] == ["identity", "0.38"] and rows[3] == ["+-", f"{np.std([1, 0.5, 0, 0], ddof=1) / 2:.2f}"]
