@@ -554,21 +554,22 @@ class Denoiser(nn.Module):
         """The training pass. x: b s t c h w, copy 0 clean; sigma: b s t, noise level of every frame (0 if clean);
         actions: b t (discrete) or b t a (continuous), a_t led to frame t; -1 or NaN: unknown.
         -> D: b r t c h w of the r = s - 1 noised copies; u: b r t, log of the expected squared error (EDM2 Eq. 21)."""
-        self.check(x, sigma, actions, copies=2)
+        self.check(x, sigma, actions, "b s t")
+        require(x.shape[1] > 1, f"frames: expected at least 2 copies, given {tuple(x.shape)}", ValueError)
         seq = Sequence(copies=x.shape[1], frames=x.shape[2])
         return self.denoise(x, sigma, actions, seq), self.log_variance(sigma[:, 1:])
 
     @torch.no_grad()
     def step(self, x, sigma, cache, actions=None):
         """Denoises one frame that follows those in the cache. x: b 1 c h w; sigma: b 1 -> D: b 1 c h w."""
+        self.check(x, sigma, actions, "b t")
         require(x.shape[1] == 1, f"{x.shape[1]} noised frames given: they are denoised one at a time", ValueError)
-        self.check(x[:, None], sigma[:, None], actions, copies=1)
         return self.denoise(x[:, None], sigma[:, None], actions, Sequence(1, 1, cache))[:, 0]
 
     @torch.no_grad()
     def read(self, x, sigma, cache, actions=None):
         """Writes clean frames into the cache, behind those in it. x: b t c h w; sigma: b t, their noise levels."""
-        self.check(x[:, None], sigma[:, None], actions, copies=1)
+        self.check(x, sigma, actions, "b t")
         seq = Sequence(1, x.shape[1], cache, commit=True)
         self.unet.encode(*self.unet_inputs(x[:, None], sigma[:, None], actions), seq)
         cache.advance(x.shape[1])
@@ -613,18 +614,19 @@ class Denoiser(nn.Module):
         features = self.error_features(torch.stack([noise_label(sigma), position], dim=-1))
         return self.error_log_variance(features).sum(-1)    # of one output; no view, which FSDP would warn of
 
-    def check(self, x, sigma, actions, copies):
-        """ValueError that names the expected and the given shape."""
-        b, s, t = x.shape[:3]
-        size, action_dim = tuple(self.cfg.frame_shape), self.cfg.action_dim
-        require(x.shape == (b, max(s, copies), t, *size), f"frames: expected {'b s t' if copies > 1 else 'b 1 t'} + "
-                f"{size}, at least {copies} copies; given {tuple(x.shape)}", ValueError)
-        require(sigma.shape == (b, s, t), f"sigma: expected {(b, s, t)}, given {tuple(sigma.shape)}", ValueError)
+    def check(self, x, sigma, actions, layout):
+        """ValueError that names the expected and the given shape; layout: b s t or b t."""
+        n, size, action_dim = len(layout.split()), tuple(self.cfg.frame_shape), self.cfg.action_dim
+        leading = tuple(x.shape[:n])
+        require(x.shape == (*leading, *size), f"frames: expected {layout} + {size}, given {tuple(x.shape)}", ValueError)
+        require(sigma.shape == leading, f"sigma: expected {leading}, given {tuple(sigma.shape)}", ValueError)
         given = "none" if actions is None else tuple(actions.shape)
         require(bool(action_dim) == (actions is not None),
                 f"actions: the model has action_dim {action_dim}, given {given}", ValueError)
-        expected = "none" if actions is None else (b, t, action_dim) if actions.is_floating_point() else (b, t)
-        require(given == expected, f"actions: expected {expected}, given {given}", ValueError)
+        expected = (leading[0], leading[-1])
+        if actions is not None and actions.is_floating_point():
+            expected += (action_dim,)
+        require(given in ("none", expected), f"actions: expected {expected}, given {given}", ValueError)
 
     @torch.no_grad()
     def normalize_weights(self):

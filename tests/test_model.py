@@ -978,7 +978,7 @@ def test_frames_of_another_shape_are_refused():
     assert_names(refusal(denoiser, torch.zeros(2, 2, 3, 1, 8, 6), sigma), (1, 8, 8), (2, 2, 3, 1, 8, 6))
     assert_names(refusal(denoiser, torch.zeros(2, 2, 3, 3, 8, 8), sigma), (1, 8, 8), (2, 2, 3, 3, 8, 8))
     message = refusal(denoiser.step, torch.zeros(2, 1, 1, 4, 4), sigma[:, 0, :1], Cache())
-    assert_names(message, (1, 8, 8), (2, 1, 1, 1, 4, 4))
+    assert_names(message, "b t", (1, 8, 8), (2, 1, 1, 4, 4))
 
 
 def test_a_training_pass_without_a_noised_copy_is_refused():
@@ -988,6 +988,9 @@ def test_a_training_pass_without_a_noised_copy_is_refused():
 @pytest.mark.parametrize("shape", [(2, 2), (2, 2, 4), (2, 1, 3), (2, 2, 3, 1)], ids=str)
 def test_noise_levels_of_another_shape_are_refused(shape):
     assert_names(refusal(network(), torch.zeros(2, 2, 3, 1, 8, 8), torch.ones(shape)), "sigma", (2, 2, 3), shape)
+    for sigma in (torch.ones(2), torch.ones([])):           # of a step, as it was given
+        message = refusal(network().step, torch.zeros(2, 1, 1, 8, 8), sigma, Cache())
+        assert_names(message, "sigma", "expected (2, 1)", f"given {tuple(sigma.shape)}")
 
 
 def test_missing_and_unexpected_actions_are_refused():
