@@ -1,6 +1,6 @@
 """Moving MNIST, the standard protocol: two digits in 64 x 64 pixels, ten frames given and ten predicted.
 
-    python train.py config/moving.py                                        # sized for a CPU: 45 minutes of one core
+    python train.py config/moving.py                                        # sized for a CPU: 53 minutes of one core
     python tests/compare.py --protocol --checkpoint=out/moving/checkpoint.pt
 """
 out_dir = "out/moving"
