@@ -4,6 +4,7 @@ import copy
 import io
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,6 +312,18 @@ def test_files_that_hold_no_actions_or_another_kind_are_named(tmp_path):
         read_actions(str(tmp_path / "floats.npy"), 3, 1, 3, discrete=True)
     with pytest.raises(UserError, match="0,1,2: int64; this model was trained on vectors of floats"):
         read_actions("0,1,2", 3, 1, 3, discrete=False)
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_without_data_at_hand_the_checkpoint_says_what_kind_of_actions_a_model_knows(discrete, tmp_path):
+    np.save(tmp_path / "vectors.npy", np.ones((2, 3)))
+    texts = {True: "0,2", False: str(tmp_path / "vectors.npy")}
+    cfg = SimpleNamespace(samples=1, frames=2, context=0, truth=False, prompt="", actions=texts[discrete])
+    model, state = small_model(action_dim=3), {"stats": {"discrete": discrete}}
+    assert sampling.inputs(cfg, model, state)[1].is_floating_point() != discrete
+    cfg.actions = texts[not discrete]
+    with pytest.raises(UserError, match="this model was trained on"):
+        sampling.inputs(cfg, model, state)
 
 
 def test_a_rollout_ends_with_its_actions(context):
