@@ -151,13 +151,6 @@ class Cache:
                                        "one batch, from its first frame on", ValueError)
         return self.tensors[layer]
 
-    def of_present(self, function, *settings):
-        """function(position of the present frame, *settings): computed once per frame, not per evaluation."""
-        key = function, *settings
-        if key not in self.tables:
-            self.tables[key] = function(self.clock[None], *settings)
-        return self.tables[key]
-
     def __deepcopy__(self, memo):
         """The same past, to go on from in another way; layers are told apart by identity, so they are not copied."""
         other = Cache(self.clock.device)
@@ -166,7 +159,7 @@ class Cache:
                                        for tensors in (self.tensors, self.tables))
         return other
 
-    def advance(self, frames):
+    def advance(self, frames=1):
         self.clock += frames
         for (function, *settings), table in self.tables.items():
             table.copy_(function(self.clock[None], *settings))
@@ -175,27 +168,25 @@ class Cache:
 @dataclass
 class Sequence:
     """The layout `(b s t)` of a pass. Without a cache: s = copies, copy 0 clean, t from the first frame on.
-    With one: one copy, t from the present frame on; `commit` says that the frames are clean, to be kept. `last` says
-    that the layer is the last one that mixes time: clean frames have no reader behind it, and go no further. `masks`,
-    on a GPU, are FlexAttention's, by the positions of a frame."""
+    With one: one copy of one frame, the present one; `commit` says that it is clean, to be kept. `last` says that
+    the layer is the last one that mixes time: clean frames have no reader behind it, and go no further. `masks`, on
+    a GPU, are FlexAttention's, by the positions of a frame."""
     copies: int
     frames: int
     cache: Cache = None
     commit: bool = False
     last: bool = False
     masks: dict = None
-    known: dict = field(default_factory=dict)               # what `of_positions` has returned
+    tables: dict = field(default_factory=dict)              # what `of_positions` has returned, without a cache
 
     def of_positions(self, function, device, *settings):
-        """function(index of each frame in its clip or rollout, *settings), computed once for all layers of a pass."""
-        if self.cache:
-            of_present = self.cache.of_present(function, *settings)
-            if self.frames == 1:
-                return of_present
-        if (key := (function, *settings)) not in self.known:
-            ahead = torch.arange(self.frames, device=device)
-            self.known[key] = function(ahead + self.cache.clock if self.cache else ahead, *settings)
-        return self.known[key]
+        """function(index of each frame in its clip or rollout, *settings), computed once for all layers of a pass, and
+        with a cache once for all passes on a frame."""
+        tables, key = self.cache.tables if self.cache else self.tables, (function, *settings)
+        if key not in tables:
+            positions = self.cache.clock[None] if self.cache else torch.arange(self.frames, device=device)
+            tables[key] = function(positions, *settings)
+        return tables[key]
 
     def unfold(self, x):
         """(b s t) .. -> b s t .."""
@@ -338,26 +329,17 @@ def attend_flex(q, k, v, mask):
     return rearrange(out, "b m (s t p) d -> b s t m p d", s=s, t=t)
 
 
-def ring_slots(positions, window):
-    """The slot of each of the frames at `positions` t in a ring of `window` frames: t 1."""
-    return positions[:, None] % window
+def ring_mask(position, window, places, dtype):
+    """Added to the logits of keys in the ring: -inf where no frame has been by then. 1 (window p)"""
+    unseen = torch.arange(window, device=position.device) > position
+    return torch.zeros_like(unseen, dtype=dtype).masked_fill(unseen, -math.inf).repeat_interleave(places)[None]
 
 
-def ring_mask(positions, window, places, dtype):
-    """Added to the logits of keys in the ring: -inf where no frame has been by then. t 1 (window p)"""
-    unseen = torch.arange(window, device=positions.device) > positions[:, None, None]
-    return torch.zeros_like(unseen, dtype=dtype).masked_fill(unseen, -math.inf).repeat_interleave(places, dim=-1)
-
-
-def attend_cached(q, k, v, ring, slots, masks):
-    """Frames one after another against a ring (2 b m window p d) of the last frames' keys and values. A frame's slot
-    is the one that the frame leaving the window held, so denoising it and later reading it as clean both just write
-    that slot."""
-    frames = []
-    for t in range(q.shape[2]):
-        ring.index_copy_(3, slots[t], torch.stack([k[:, 0, t, :, None], v[:, 0, t, :, None]]))
-        frames.append(F.scaled_dot_product_attention(q[:, 0, t], *ring.flatten(3, 4), attn_mask=masks[t]))
-    return torch.stack(frames, dim=1)[:, None]
+def attend_cached(q, k, v, ring, slot, mask):
+    """The present frame against a ring (2 b m window p d) of the last frames' keys and values. Its slot is the one that
+    the frame leaving the window held, so denoising it and later reading it as clean both just write that slot."""
+    ring.index_copy_(3, slot, torch.stack([k, v]).squeeze(2).movedim(2, 3))
+    return F.scaled_dot_product_attention(q[:, 0, 0], *ring.flatten(3, 4), attn_mask=mask)[:, None, None]
 
 
 TRUNK, BRANCH = blend(0.3)                                  # a block's sums: what was there, what is added
@@ -396,8 +378,8 @@ class Attention(nn.Module):
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
             ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)
-            slots = seq.of_positions(ring_slots, v.device, self.window)
-            return attend_cached(q, k, v, ring, slots, seq.of_positions(ring_mask, v.device, self.window, p, v.dtype))
+            slot = seq.of_positions(torch.remainder, v.device, self.window)
+            return attend_cached(q, k, v, ring, slot, seq.of_positions(ring_mask, v.device, self.window, p, v.dtype))
         if seq.masks:
             return attend_flex(q, k, v, seq.masks[q.shape[4]])
         return attend_frame_by_frame(q, k, v, self.window)
@@ -570,9 +552,11 @@ class Denoiser(nn.Module):
     def read(self, x, sigma, cache, actions=None):
         """Writes clean frames into the cache, behind those in it. x: b t c h w; sigma: b t, their noise levels."""
         self.check(x, sigma, actions, "b t")
-        seq = Sequence(1, x.shape[1], cache, commit=True)
-        self.unet.encode(*self.unet_inputs(x[:, None], sigma[:, None], actions), seq)
-        cache.advance(x.shape[1])
+        for t in range(x.shape[1]):
+            frame = [None if part is None else part[:, t:t + 1] for part in (x, sigma, actions)]
+            self.unet.encode(*self.unet_inputs(frame[0][:, None], frame[1][:, None], frame[2]),
+                             Sequence(1, 1, cache, commit=True))
+            cache.advance()
 
     def unet_inputs(self, x, sigma, actions):
         """The frames with unit variance, folded, (b s t) c h w, and what is told of them, (b s t) e."""
