@@ -386,6 +386,8 @@ def read_film(path):
     require(importlib.util.find_spec("av"), f"{path}: films are read by PyAV, which is not installed: pip install av "
                                             "(or give .gif, .png or .npy)", Unusable)
     import av
+    require(hasattr(av.VideoFrame, "rotation"), f"{path}: films are read by PyAV 14.1 or newer, and this is "
+                                                f"{av.__version__}: pip install -U av", Unusable)
     with av.open(str(path)) as film:
         require(film.streams.video, f"{path} has no video", Unusable)
         for frame in film.decode(video=0):

@@ -182,9 +182,9 @@ class Sequence:
     def of_positions(self, function, device, *settings):
         """function(index of each frame in its clip or rollout, *settings), computed once for all layers of a pass, and
         with a cache once for all passes on a frame."""
-        tables, key = self.cache.tables if self.cache else self.tables, (function, *settings)
+        tables, key = self.tables if self.cache is None else self.cache.tables, (function, *settings)
         if key not in tables:
-            positions = self.cache.clock[None] if self.cache else torch.arange(self.frames, device=device)
+            positions = torch.arange(self.frames, device=device) if self.cache is None else self.cache.clock[None]
             tables[key] = function(positions, *settings)
         return tables[key]
 
@@ -194,11 +194,15 @@ class Sequence:
 
     def noised(self, x):
         """Of x b s t .. the frames to be denoised: b r t .., without clean ones."""
-        return x[:, int(not self.cache or self.commit):]
+        return x[:, int(self.cache is None or self.commit):]
+
+    def to_decode(self, x):
+        """Of x (b s t) .. what the decoder reads: (b r t) .."""
+        return self.noised(self.unfold(x)).flatten(0, 2)
 
     def going_on(self, x):
         """Of x (b s t) .. what the next layer reads."""
-        return self.noised(self.unfold(x)).flatten(0, 2) if self.last else x
+        return self.to_decode(x) if self.last else x
 
 
 def past_gain(positions, kernel, dtype):
@@ -490,9 +494,9 @@ class UNet(nn.Module):
     def encode(self, x, emb, seq):
         """x: (b s t) c h w, emb: (b s t) e -> outputs of stem and encoder, as x, and of the middle, (b r t) .."""
         outputs = [self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
-        if self.recompute and not seq.cache:                # torch.compile forbids `run` to keep what it computes
+        if self.recompute and seq.cache is None:            # torch.compile forbids `run` to keep what it computes
             for layer in (*self.encoder.modules(), *self.middle.modules()):
-                if isinstance(layer, CausalConv | Attention):
+                if isinstance(layer, (CausalConv, Attention)):
                     layer.table(x, seq)
         for block in self.encoder:
             outputs.append(self.run(block, outputs[-1], emb, seq))
@@ -503,7 +507,7 @@ class UNet(nn.Module):
     def forward(self, x, emb, seq):
         """x: (b s t) c h w, emb: (b s t) e -> (b r t) c h w of the frames to be denoised."""
         *skips, x = self.encode(x, emb, seq)
-        *skips, emb = (seq.noised(seq.unfold(z)).flatten(0, 2) for z in (*skips, emb))
+        emb, skips = seq.to_decode(emb), [seq.to_decode(z) for z in skips]
         for block in self.decoder:
             x = self.run(block, x if block.resample else mp_cat(x, skips.pop()), emb, ALONE)
         return self.head(x) * self.head_gain
@@ -567,7 +571,7 @@ class Denoiser(nn.Module):
     def denoise(self, x, sigma, actions, seq):
         """EDM's preconditioning (EDM Table 1). x: b s t c h w -> D of the frames to be denoised, b r t c h w."""
         n, sd = self.cfg.patch_size, self.cfg.sigma_data
-        if x.is_cuda and not seq.cache:
+        if x.is_cuda and seq.cache is None:
             seq.masks = self.block_masks(seq, x.device)
         f = self.unet(*self.unet_inputs(x, sigma, actions), seq).float()
         x, sigma = seq.noised(x), seq.noised(sigma)

@@ -75,7 +75,7 @@ compile = False             # torch.compile: a minute or two to start, then fast
 def seeded(device, *key):
     """A generator that is a function of the whole numbers in `key`."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
+    return torch.Generator(device).manual_seed(int(state) >> 1)     # numpy 1 cannot shift it
 
 
 # ---------------------------------------------------------------------------------------------------

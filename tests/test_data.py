@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import math
 import socket
+import sys
 import threading
 import time
 from functools import partial
@@ -767,6 +768,11 @@ def test_a_missing_file_and_a_film_without_pyav_are_named(tmp_path, monkeypatch)
     with pytest.raises(UserError, match=r"no file .*a\.mp4"):
         list(data.decode(tmp_path / "a.mp4"))
     (tmp_path / "a.mp4").touch()
+    older = SimpleNamespace(VideoFrame=object, __version__="14.0.0")    # whose frames do not say how they are turned
+    monkeypatch.setitem(sys.modules, "av", older)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: older)
+    with pytest.raises(UserError, match=r"a\.mp4.*14\.0\.0: pip install -U av"):
+        list(data.decode(tmp_path / "a.mp4"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"a\.mp4.*pip install av"):
         list(data.decode(tmp_path / "a.mp4"))
