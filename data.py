@@ -513,7 +513,7 @@ def play_episode(cfg, number):
 
 def write_frames(path, pairs, cfg):
     """Writes frames one by one, as they will be trained on. Returns their actions, and a record of what they are."""
-    actions, shape, total, name = [], None, 0, path.relative_to(Path(cfg.out, "clips")).with_suffix("")
+    actions, shape, total, name = [], None, 0, str(path.relative_to(Path(cfg.out, "clips"))).removesuffix(".raw")
     with replacing(path) as temporary, open(temporary, "wb") as file:
         for frame, action in pairs:
             size = (cfg.channels, cfg.size, cfg.size) if frame.dtype == np.uint8 else frame.shape
@@ -541,21 +541,26 @@ def write_actions(path, actions):
     return dict(action_dim=int(actions.max()) + 1 if discrete else actions.shape[1], discrete=discrete)
 
 
+def stored(folder, name, suffix):
+    """A file of the clip `name`. A name may be "." or have dots, of which `with_suffix` has its own idea."""
+    return Path(folder, "clips", f"{name}{suffix}")
+
+
 def prepare_source(cfg, name):
     """Stores the frames of one source, unless this was done. Returns why it is unusable, or None."""
-    target, path = Path(cfg.out, "clips", f"{name}.raw"), Path(cfg.src, name).absolute()
-    beside = {suffix: target.with_suffix(suffix) for suffix in (".json", ".actions.npy")}
+    raw, record_file, actions_file = (stored(cfg.out, name, suffix) for suffix in (".raw", ".json", ".actions.npy"))
+    path = Path(cfg.src, name).absolute()
     sources = [*(pictures_in(path) if path.is_dir() else [path]), actions_beside(path)] if cfg.src else []
     made_of = [[file.stat().st_size, file.stat().st_mtime_ns] for file in sources if file.exists()]
-    if beside[".json"].exists() and read_json(beside[".json"])["made_of"] == made_of and target.exists():
+    if record_file.exists() and read_json(record_file)["made_of"] == made_of and raw.exists():
         return None
     try:
         pairs = play_episode(cfg, int(name)) if cfg.env else at_rate(with_actions(decode(path), path), cfg.fps)
-        actions, record = write_frames(target, pairs, cfg)
+        actions, record = write_frames(raw, pairs, cfg)
     except Unusable as error:
         return str(error)
-    record |= write_actions(beside[".actions.npy"], actions) | dict(name=name, made_of=made_of)
-    with replacing(beside[".json"]) as temporary:
+    record |= write_actions(actions_file, actions) | dict(name=name, made_of=made_of)
+    with replacing(record_file) as temporary:
         temporary.write_text(json.dumps(record))
 
 
@@ -697,7 +702,7 @@ class VideoClips:
         self.stats = {key: self.meta[key] for key in ("mean", "std", "discrete")}
         self.stats["latent"] = self.meta["dtype"] != "uint8"
         for name, length, _ in self.clips:
-            path = folder / "clips" / f"{name}.raw"
+            path = stored(folder, name, ".raw")
             expected = length * math.prod(self.shape) * np.dtype(self.meta["dtype"]).itemsize
             found = path.stat().st_size if path.exists() else 0
             require(found == expected, f"{path} has {found} bytes, and meta.json says {expected}: delete it, and "
@@ -712,7 +717,7 @@ class VideoClips:
         window = rng.integers(self.ends[-1])
         number = np.searchsorted(self.ends, window, side="right")
         name, length, acted = self.clips[number]
-        path, start = self.folder / "clips" / f"{name}.raw", self.ends[number] - 1 - window
+        path, start = stored(self.folder, name, ".raw"), self.ends[number] - 1 - window
         taken = slice(start, start + self.span, self.cfg.stride)
         frames = np.array(np.memmap(path, self.meta["dtype"], "r", shape=(length, *self.shape))[taken])
         if self.flip and rng.random() < 0.5:
@@ -720,7 +725,7 @@ class VideoClips:
         if not self.action_dim:
             return frames, None
         if acted:
-            return frames, np.load(path.with_suffix(".actions.npy"))[taken]
+            return frames, np.load(stored(self.folder, name, ".actions.npy"))[taken]
         return frames, np.full(self.frames, -1) if self.meta["discrete"] else \
             np.full((self.frames, self.action_dim), np.nan, np.float32)
 
