@@ -363,7 +363,7 @@ class Attention(nn.Module):
 
     def forward(self, x, seq):
         qkv = rearrange(self.qkv(x), "(b s t) (n m d) h w -> n b s t m (h w) d",
-                        n=3, d=self.head_dim, s=seq.copies, t=seq.frames)
+                        n=3, d=self.head_dim, s=seq.copies, t=seq.frames).contiguous()   # as fused kernels want it
         gains = F.pad(self.sharpness[None], (0, 0, 0, 2), value=1).view(3, 1, 1, 1, -1, 1, 1)           # of q, k, v
         y = self.attend(unit_rms(qkv, -1, gains), seq)
         y = rearrange(y, "b s t m (h w) d -> (b s t) (m d) h w", h=x.shape[2])
@@ -374,8 +374,6 @@ class Attention(nn.Module):
 
     def attend(self, qkv, seq):
         if self.window == 1:
-            if qkv.is_cuda or qkv.shape[-2] >= 128:         # fused kernels want d innermost; on CPUs they pay for many
-                qkv = qkv.contiguous()
             return F.scaled_dot_product_attention(*qkv.flatten(1, 3)).view_as(qkv[0])
         q_and_k, (v,) = qkv.split([2, 1])
         q, k = rotate(q_and_k, *self.table(v, seq))
@@ -557,9 +555,10 @@ class Denoiser(nn.Module):
         """Writes clean frames into the cache, behind those in it. x: b t c h w; sigma: b t, their noise levels."""
         self.check(x, sigma, actions, "b t")
         for t in range(x.shape[1]):
-            frame = [None if part is None else part[:, t:t + 1] for part in (x, sigma, actions)]
-            self.unet.encode(*self.unet_inputs(frame[0][:, None], frame[1][:, None], frame[2]),
-                             Sequence(1, 1, cache, commit=True))
+            now = slice(t, t + 1)
+            acted = None if actions is None else actions[:, now]
+            inputs = self.unet_inputs(x[:, None, now], sigma[:, None, now], acted)
+            self.unet.encode(*inputs, Sequence(1, 1, cache, commit=True))
             cache.advance()
 
     def unet_inputs(self, x, sigma, actions):
