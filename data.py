@@ -212,7 +212,7 @@ def whole_velocities(low, high):
     return np.array([yx for yx in itertools.product(reach, reach) if low <= np.hypot(*yx) <= high])
 
 
-def draw_velocity(rng, low, high, whole_pixels, across=slice(0)):
+def draw_velocity(rng, low, high, whole_pixels, across=()):
     """A velocity (yx) with low <= length <= high, each direction as likely; whole-pixel ones move along the axes
     `across` (a mask), unless none does: in a corner with speed 1."""
     if whole_pixels:

@@ -171,8 +171,8 @@ class Sequence:
     With one: one copy of one frame, the present one; `commit` says that it is clean, to be kept. `last` says that
     the layer is the last one that mixes time: clean frames have no reader behind it, and go no further. `masks`, on
     a GPU, are FlexAttention's, by the positions of a frame."""
-    copies: int
-    frames: int
+    copies: int = 1
+    frames: int = 1
     cache: Cache = None
     commit: bool = False
     last: bool = False
@@ -196,13 +196,13 @@ class Sequence:
         """Of x b s t .. the frames to be denoised: b r t .., without clean ones."""
         return x[:, int(self.cache is None or self.commit):]
 
-    def to_decode(self, x):
-        """Of x (b s t) .. what the decoder reads: (b r t) .."""
+    def noised_only(self, x):
+        """(b s t) .. -> (b r t) .."""
         return self.noised(self.unfold(x)).flatten(0, 2)
 
     def going_on(self, x):
         """Of x (b s t) .. what the next layer reads."""
-        return self.to_decode(x) if self.last else x
+        return self.noised_only(x) if self.last else x
 
 
 def past_gain(positions, kernel, dtype):
@@ -245,11 +245,11 @@ class CausalConv(MPWeight):
             return self.spread(x[:, 0, :-1], weight)[:, :seq.frames]
         carry = seq.cache.of(self, (len(x), *weight.shape[:2], *x.shape[-2:]), x)
         if not seq.commit:
-            return carry[:, :seq.frames]
+            return carry[:, :1]
         total = self.spread(x[:, 0], weight)
-        total[:, :self.kernel - 1] += carry
-        carry.copy_(total[:, seq.frames:])
-        return total[:, :seq.frames]
+        total[:, :-1] += carry
+        carry.copy_(total[:, 1:])
+        return total[:, :1]
 
     def spread(self, clean, weight):
         """Contributions of n clean frames to themselves (none) and the k - 1 frames after: b (n + k - 1) c h w."""
@@ -342,7 +342,7 @@ def ring_mask(position, window, places, dtype):
 def attend_cached(q, k, v, ring, slot, mask):
     """The present frame against a ring (2 b m window p d) of the last frames' keys and values. Its slot is the one that
     the frame leaving the window held, so denoising it and later reading it as clean both just write that slot."""
-    ring.index_copy_(3, slot, torch.stack([k, v]).squeeze(2).movedim(2, 3))
+    ring.index_copy_(3, slot, torch.stack([k[:, 0], v[:, 0]]).transpose(2, 3))
     return F.scaled_dot_product_attention(q[:, 0, 0], *ring.flatten(3, 4), attn_mask=mask)[:, None, None]
 
 
@@ -380,7 +380,7 @@ class Attention(nn.Module):
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
             ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)
-            slot = seq.of_positions(torch.remainder, v.device, self.window)
+            slot = seq.of_positions(torch.remainder, v.device, self.window)         # position % window
             return attend_cached(q, k, v, ring, slot, seq.of_positions(ring_mask, v.device, self.window, p, v.dtype))
         if seq.masks:
             return attend_flex(q, k, v, seq.masks[q.shape[4]])
@@ -454,7 +454,7 @@ class Block(nn.Module):
         return self.attention(x, seq) if self.attention else x
 
 
-ALONE = Sequence(copies=1, frames=1)                        # the layout where every frame is by itself
+ALONE = Sequence()                                          # the layout where every frame is by itself
 
 
 class UNet(nn.Module):
@@ -505,7 +505,7 @@ class UNet(nn.Module):
     def forward(self, x, emb, seq):
         """x: (b s t) c h w, emb: (b s t) e -> (b r t) c h w of the frames to be denoised."""
         *skips, x = self.encode(x, emb, seq)
-        emb, skips = seq.to_decode(emb), [seq.to_decode(z) for z in skips]
+        emb, skips = seq.noised_only(emb), [seq.noised_only(z) for z in skips]
         for block in self.decoder:
             x = self.run(block, x if block.resample else mp_cat(x, skips.pop()), emb, ALONE)
         return self.head(x) * self.head_gain
@@ -548,17 +548,18 @@ class Denoiser(nn.Module):
         """Denoises one frame that follows those in the cache. x: b 1 c h w; sigma: b 1 -> D: b 1 c h w."""
         self.check(x, sigma, actions, "b t")
         require(x.shape[1] == 1, f"{x.shape[1]} noised frames given: they are denoised one at a time", ValueError)
-        return self.denoise(x[:, None], sigma[:, None], actions, Sequence(1, 1, cache))[:, 0]
+        return self.denoise(x[:, None], sigma[:, None], actions, Sequence(cache=cache))[:, 0]
 
     @torch.no_grad()
     def read(self, x, sigma, cache, actions=None):
-        """Writes clean frames into the cache, behind those in it. x: b t c h w; sigma: b t, their noise levels."""
+        """Writes clean frames into the cache, one after another, behind those in it. x: b t c h w; sigma: b t, their
+        noise levels."""
         self.check(x, sigma, actions, "b t")
         for t in range(x.shape[1]):
             now = slice(t, t + 1)
             acted = None if actions is None else actions[:, now]
             inputs = self.unet_inputs(x[:, None, now], sigma[:, None, now], acted)
-            self.unet.encode(*inputs, Sequence(1, 1, cache, commit=True))
+            self.unet.encode(*inputs, Sequence(cache=cache, commit=True))
             cache.advance()
 
     def unet_inputs(self, x, sigma, actions):

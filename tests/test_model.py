@@ -502,7 +502,7 @@ def test_cached_attention_is_the_dense_softmax_over_several_windows(window):
     q, k, v = (x.detach() for x in attention_inputs(1, 10, p=6))
     layer, cache, found = attention(window), Cache(), []
     for frame in torch.stack([q, k, v]).split(1, dim=3):
-        found.append(layer.attend(frame, m.Sequence(1, 1, cache, commit=True)))
+        found.append(layer.attend(frame, m.Sequence(cache=cache, commit=True)))
         cache.advance()
     assert farthest(torch.cat(found, dim=2), dense_attention(rotated(q, 0), rotated(k, 0), v, window)) < 1e-5
 
