@@ -511,9 +511,10 @@ def play_episode(cfg, number):
         raise UserError(f"--env={cfg.env}: {error}") from error
 
 
-def write_frames(path, pairs, cfg):
-    """Writes frames one by one, as they will be trained on. Returns their actions, and a record of what they are."""
-    actions, shape, total, name = [], None, 0, str(path.relative_to(Path(cfg.out, "clips"))).removesuffix(".raw")
+def write_frames(path, name, pairs, cfg):
+    """Writes the frames of the clip `name` one by one, as they will be trained on. Returns their actions, and a record
+    of what they are."""
+    actions, shape, total = [], None, 0
     with replacing(path) as temporary, open(temporary, "wb") as file:
         for frame, action in pairs:
             size = (cfg.channels, cfg.size, cfg.size) if frame.dtype == np.uint8 else frame.shape
@@ -556,7 +557,7 @@ def prepare_source(cfg, name):
         return None
     try:
         pairs = play_episode(cfg, int(name)) if cfg.env else at_rate(with_actions(decode(path), path), cfg.fps)
-        actions, record = write_frames(raw, pairs, cfg)
+        actions, record = write_frames(raw, name, pairs, cfg)
     except Unusable as error:
         return str(error)
     record |= write_actions(actions_file, actions) | dict(name=name, made_of=made_of)
