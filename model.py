@@ -4,7 +4,8 @@ A training pass holds every clip 1 + R times: copy s = 0 is clean, copies s = 1.
 `(b s t) c h w`: batch, copy, frame folded into one axis. Every query frame (s, t), clean or noised, sees itself
 and the clean frames before it; this one rule is all there is to the time axis, in the convolutions as in the
 attention. So a noised frame is denoised given its clean past, and all frames of the clip are trained in one pass.
-Time is mixed in the UNet's encoder and middle; its decoder works on the frames to be denoised, each by itself.
+Time is mixed in the UNet's encoder and middle and on its skips; the decoder works on the frames to be denoised, each by
+itself.
 
     EDM   Karras et al. 2022, arXiv 2206.00364      EDM2  Karras et al. 2023, arXiv 2312.02696
 """
@@ -196,6 +197,10 @@ class Sequence:
         """Of x b s t .. the frames to be denoised: b r t .., without clean ones."""
         return x[:, int(self.cache is None or self.commit):]
 
+    def to_copies(self, x):
+        """b t .. -> b s t .., the same for every copy"""
+        return x[:, None].expand(-1, self.copies, *x.shape[1:])
+
     def noised_only(self, x):
         """(b s t) .. -> (b r t) .."""
         return self.noised(self.unfold(x)).flatten(0, 2)
@@ -218,8 +223,8 @@ class CausalConv(MPWeight):
     The sum is the same for every copy, so it is computed once, from the clean frames. A frame's contributions to all
     later frames come out of one convolution, so the cache holds finished sums, and a frame costs what an image does."""
 
-    def __init__(self, c_in, c_out, kernel):
-        super().__init__(c_out, kernel, c_in, 3, 3)
+    def __init__(self, c_in, c_out, kernel, size=3):
+        super().__init__(c_out, kernel, c_in, size, size)
         self.kernel = kernel
 
     def forward(self, x, scale, seq, gain=1.0):
@@ -227,7 +232,7 @@ class CausalConv(MPWeight):
         weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
         y = F.conv2d(seq.going_on(x), weight[0], padding=1)
         if self.kernel > 1:
-            past = self.past(seq.unfold(x), weight[1:], seq)[:, None].expand(-1, seq.copies, -1, -1, -1, -1)
+            past = seq.to_copies(self.past(seq.unfold(x), weight[1:], seq))
             past = seq.noised(past) if seq.last else past
             y = (y.unflatten(0, past.shape[:3]) + past).flatten(0, 2)
             scale = (seq.unfold(scale) * self.table(x, seq)).flatten(0, 2)
@@ -254,9 +259,33 @@ class CausalConv(MPWeight):
     def spread(self, clean, weight):
         """Contributions of n clean frames to themselves (none) and the k - 1 frames after: b (n + k - 1) c h w."""
         b, n, k = *clean.shape[:2], self.kernel
-        parts = F.conv2d(clean.flatten(0, 1), weight.flatten(0, 1), padding=1)           # (j o) i 3 3
+        parts = F.conv2d(clean.flatten(0, 1), weight.flatten(0, 1), padding=weight.shape[-1] // 2)       # (j o) i ..
         parts = rearrange(parts, "(b t) (j o) h w -> j b t o h w", b=b, t=n, j=k - 1)
         return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, k - 1 - j)) for j, part in enumerate(parts, start=1))
+
+
+def past_skip_gain(positions, kernel, dtype):
+    """g_t of `PastSkip`: t 1 1 1."""
+    return (1 + positions.clamp(max=kernel - 1) / (kernel - 1)).rsqrt()[:, None, None, None].to(dtype)
+
+
+class PastSkip(CausalConv):
+    """A skip from encoder to decoder, on which a frame takes along what the clean frames before it were there:
+
+        y[s,t] = g_t (x[s,t] + sum_j W_j * x[0,t-j])        W_j 1 x 1, k > 1; g_t keeps the magnitude
+
+    So the decoder, which has learnt at the coarse levels what moves where, has the past at hand in full detail."""
+
+    def __init__(self, channels, kernel):
+        super().__init__(channels, channels, kernel - 1, size=1)
+        self.kernel = kernel
+
+    def forward(self, x, seq):
+        """x: (b s t) c h w -> (b r t) c h w of the frames to be denoised."""
+        x, gain = seq.unfold(x), seq.of_positions(past_skip_gain, x.device, self.kernel, x.dtype)
+        past = self.past(x, self.scaled(x.dtype), seq)
+        x, past, gain = map(seq.noised, (x, seq.to_copies(past), seq.to_copies(gain[None])))
+        return ((x + past) * gain).flatten(0, 2)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -389,7 +418,7 @@ class Attention(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------
 # The UNet (EDM2 Figure 21, config G). Time is mixed by encoder and middle, in each block's first convolution and
-# attention. The clean frames have no other reader, so the decoder, the larger half, is spared them.
+# attention, and on the skips. The clean frames have no other reader, so the decoder, the larger half, is spared them.
 
 @dataclass
 class ModelConfig:
@@ -473,6 +502,7 @@ class UNet(nn.Module):
             for _ in range(cfg.blocks_per_level):
                 self.encoder.append(block(c, width, kernel=over_time, window=window, encoder=True))
                 skips.append(c := width)
+        self.skips = nn.ModuleList(PastSkip(width, over_time) for width in skips if over_time > 1)
         self.middle = nn.ModuleList([block(c, c, kernel=over_time, window=window), block(c, c, kernel=over_time)])
         for i, (width, window) in reversed([*enumerate(levels)]):
             for _ in range(cfg.blocks_per_level + 1):
@@ -490,7 +520,7 @@ class UNet(nn.Module):
         return block(*inputs)
 
     def encode(self, x, emb, seq):
-        """x: (b s t) c h w, emb: (b s t) e -> outputs of stem and encoder, as x, and of the middle, (b r t) .."""
+        """x: (b s t) c h w, emb: (b s t) e -> (b r t) .. of the frames to be denoised, the skips and the middle."""
         outputs = [self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
         if self.recompute and seq.cache is None:            # torch.compile forbids `run` to keep what it computes
             for layer in (*self.encoder.modules(), *self.middle.modules()):
@@ -500,12 +530,13 @@ class UNet(nn.Module):
             outputs.append(self.run(block, outputs[-1], emb, seq))
         first, last = self.middle
         x = self.run(last, self.run(first, outputs[-1], emb, seq), emb, replace(seq, last=True))
-        return [*outputs, x]
+        skips = [skip(z, seq) for skip, z in zip(self.skips, outputs)] or [seq.noised_only(z) for z in outputs]
+        return [*skips, x]
 
     def forward(self, x, emb, seq):
         """x: (b s t) c h w, emb: (b s t) e -> (b r t) c h w of the frames to be denoised."""
         *skips, x = self.encode(x, emb, seq)
-        emb, skips = seq.noised_only(emb), [seq.noised_only(z) for z in skips]
+        emb = seq.noised_only(emb)
         for block in self.decoder:
             x = self.run(block, x if block.resample else mp_cat(x, skips.pop()), emb, ALONE)
         return self.head(x) * self.head_gain

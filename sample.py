@@ -223,7 +223,7 @@ def reconstruct_ema(folder, state, width):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints.
 
-VERSION = 5                                                 # of checkpoints; a new one when old ones cannot be read
+VERSION = 6                                                 # of checkpoints; a new one when old ones cannot be read
 WEIGHT_KEYS = ("version", "step", "settings", "model_config", "stats", "model")          # all that sampling needs
 CHECKPOINT_KEYS = (*WEIGHT_KEYS, "origin", "optimizer", "ema", "recent")
 

@@ -741,7 +741,7 @@ def test_projected_gradients_are_those_through_explicit_normalisation():
         if name not in vectors:
             assert torch.equal(p.grad, unprojected[name]), name
     kinds = {type(module) for module in denoiser.modules() if isinstance(module, m.MPWeight)}
-    assert kinds == {m.MPLinear, m.MPConv, m.CausalConv}
+    assert kinds == {m.MPLinear, m.MPConv, m.CausalConv, m.PastSkip}
     assert max((unprojected[name] - p.grad).norm() / p.grad.norm() for name, p in denoiser.named_parameters()) > 0.01
 
 
@@ -778,6 +778,41 @@ def test_a_causal_convolution_is_a_convolution_over_each_frames_own_past(frames,
     for grad, expected_grad in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
         assert farthest(grad, expected_grad) < 2e-5
         assert rms(expected_grad) > 0.1
+
+
+def plain_past_skip(weight, x):
+    """x: b s t c h w; weight c k-1 c 1 1 (the frame before first): every noised frame and, mixed, the clean ones before
+    it, as many as there are, at unit variance."""
+    (b, s, t, c, h, w), reach = x.shape, weight.shape[1]
+    y = x.new_zeros(b, s - 1, t, c, h, w)
+    for j in range(t):
+        past = x.new_zeros(b, c, h, w)
+        for back in range(1, min(j, reach) + 1):
+            past = past + torch.einsum("oi,bihw->bohw", weight[:, back - 1, :, 0, 0], x[:, CLEAN, j - back])
+        y[:, :, j] = (x[:, 1:, j] + past[:, None] / math.sqrt(reach * c)) / math.sqrt(1 + min(j, reach) / reach)
+    return y
+
+
+@pytest.mark.parametrize("kernel", [2, 3, 4])
+@pytest.mark.parametrize("frames", [2, 5])
+def test_a_skip_adds_to_each_noised_frame_the_clean_ones_before_it(frames, kernel):
+    torch.manual_seed(0)
+    layer, x = m.PastSkip(6, kernel), torch.randn(2, 3, frames, 6, 4, 5, requires_grad=True)
+    found = layer(x.flatten(0, 2), m.Sequence(3, frames)).unflatten(0, (2, 2, frames))
+    expected = plain_past_skip(layer.weight, x)
+    assert farthest(found, expected) < 1e-5
+    inputs = (layer.weight, x)
+    for grad, expected_grad in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
+        assert farthest(grad, expected_grad) < 2e-5
+        assert rms(expected_grad) > 0.1
+
+
+@pytest.mark.parametrize("kernel", [2, 3, 4])
+def test_a_missing_past_does_not_shrink_a_skip(kernel):
+    torch.manual_seed(0)
+    x = torch.randn(8 * 2 * 6, 64, 6, 6)
+    found = rms(m.PastSkip(64, kernel)(x, m.Sequence(2, 6)).unflatten(0, (8, 6)), keep=[1])
+    assert found.shape == (6,) and (found - 1).abs().max() < 0.05, found
 
 
 def test_recomputing_in_the_backward_pass_saves_memory_and_changes_nothing():
