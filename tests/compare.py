@@ -1,11 +1,13 @@
 """Compares ways to train: the same network, data, optimizer and compute under older regimes (tests/regimes.py).
 
     python tests/compare.py --plot=compare.png                                      # sample efficiency, on digits
+    python tests/compare.py --gflop=43200 --drift_frames=1000 --plot=drift.png      # ... and long rollouts
     python tests/compare.py config/memory.py --regimes=ours,stack4 --gflop=40000    # memory, in a world
     python tests/compare.py --protocol --checkpoint=out/two/checkpoint.pt           # Moving MNIST, 10 frames given 10
 
 The yardstick is `gflop`, the counted operations of a training run; seconds are recorded too. Every regime is then asked
-for the same: frames denoised given their clean past, and the continuation of given frames. Context noise is 0 for all.
+for the same: frames denoised given their clean past, and the continuation of given frames. Context noise, which stacking
+could not be told of, is 0 for all but "ours_noise".
 An entry that is finished is a file in `out`, and is not done again.
 """
 import importlib.util
@@ -16,6 +18,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import drift
 import numpy as np
 import torch
 from bench import count_flops
@@ -44,10 +47,11 @@ from model import ModelConfig
 
 # -- what to compare
 data_dir = ""                   # folder of the MNIST files; empty: data/mnist, or of the checkpoint's run
-regimes = ("ours", "ours4", "last", "stack1", "stack4", "whole", "independent")     # any of these
+regimes = ("ours", "ours_noise", "ours4", "last", "stack1", "stack4", "whole", "independent")      # any of these
 gflop = 10800.0                 # counted operations of each training run, 1e9; about 600 steps of ours
 shorter = (0.5, 0.25, 0.125)    # shares of it that ours is trained for too, its learning rate decaying in time
 points = 6                      # evaluations per run, each at twice the compute of the one before
+drift_frames = 0                # of digits: frames of a long rollout of each held-out clip; 0: none
 memory_frames = 24              # of a world: frames per held-out clip, more than `window`
 out = "out/compare"             # folder of the results, one JSON file per entry
 plot = ""                       # picture of error against compute, or of memory, by matplotlib; empty: none
@@ -90,7 +94,7 @@ def train_step(model, optimizer, batch, step, stats, cfg):
 def train_entry(name, cfg, device):
     """{curve: [an evaluation each], ..}, trained for cfg.gflop."""
     title, _, changes = REGIMES[name]
-    cfg = SimpleNamespace(**vars(cfg) | changes(cfg) | {"context_noise": 0.0})       # stacking could not be told of it
+    cfg = SimpleNamespace(**vars(cfg) | changes(cfg))
     source, held_out = open_source(cfg, "train"), open_source(cfg, "val")
     stats, step_gflop = measure(source), clip_flops(name, cfg, source) * cfg.batch_size / 1e9
     cfg.max_steps = max(1, round(cfg.gflop / step_gflop))
@@ -117,6 +121,8 @@ def train_entry(name, cfg, device):
     averaged.eval().past_sigma = curve[-1]["past_sigma"]
     final = memory(averaged, stats, cfg, device) if cfg.dataset == "world" else \
         {"rollout": rollout_error(averaged, held_out, stats, cfg, device)}
+    if cfg.drift_frames and name != "whole":                # a whole clip cannot become longer
+        final["drift"] = long_rollouts(averaged, stats, cfg, device)
     return {"regime": name, "title": title, "budget": cfg.gflop, "batch_size": cfg.batch_size, "lr": cfg.lr,
             "sigmas": list(cfg.eval_sigmas), "origin": source.origin, "curve": curve, **final}
 
@@ -143,6 +149,13 @@ def evaluate(model, held_out, stats, cfg, device):
     return {"error": by_told[best], "past_sigma": best, **own_way}
 
 
+def rolled_out(model, clips, frames, stats, cfg, actions=None):
+    """uint8 b t c h w: the first `eval_context` frames of the clips on `model`'s device, then its own."""
+    settings = SAMPLER | {"context_noise": cfg.context_noise / 2}
+    made = sample.roll_out(model, clips, cfg.eval_context, frames, stats, settings, actions)
+    return torch.from_numpy(np.stack(list(made), axis=1))
+
+
 def rollout_error(model, held_out, stats, cfg, device):
     """Squared error over the data variance of each frame after the first `eval_context`, against the true one."""
     clips, actions = load_batch(held_out, range(cfg.eval_clips))
@@ -151,10 +164,16 @@ def rollout_error(model, held_out, stats, cfg, device):
     if isinstance(model, WholeClip):
         made = to_pixels(model.go_on(truth[:, :given], clips.shape[1], actions, **SAMPLER), stats, cfg.sigma_data)
     else:
-        frames = sample.roll_out(model, clips, given, clips.shape[1], stats, SAMPLER, actions)
-        made = torch.from_numpy(np.stack(list(frames), axis=1)).to(device)[:, given:]
+        made = rolled_out(model, clips, clips.shape[1], stats, cfg, actions).to(device)[:, given:]
     error = (to_network(made, stats, cfg.sigma_data) - truth[:, given:]).square().mean(dim=(0, 2, 3, 4))
     return (error / cfg.sigma_data ** 2).tolist()
+
+
+def long_rollouts(model, stats, cfg, device):
+    """{figure: a number per frame}, as tests/drift.py measures how shapes and ink hold."""
+    settings = SimpleNamespace(**vars(cfg) | {"frames": cfg.drift_frames})
+    truth, labels, net = drift.judged(settings, cfg.eval_clips, seed=0)
+    return drift.measure(rolled_out(model, truth.to(device), cfg.drift_frames, stats, cfg), truth, labels, net)
 
 
 def compute_to_reach(error, curves):
@@ -422,8 +441,8 @@ def draw(path, entries):
 def finished_entry(name, cfg, device):
     """From its file, or trained now."""
     path = Path(cfg.out, f"{cfg.dataset}-{name}-{cfg.gflop:g}.json")
-    replaced = train.FREE_TO_CHANGE | {"max_steps", "context_noise"}                     # by `gflop`, and by 0
-    asked = {key: getattr(cfg, key) for key in sorted({*plain_settings(DEFAULTS), "points"} - replaced)}
+    replaced = train.FREE_TO_CHANGE | {"max_steps"}         # by `gflop`
+    asked = {key: getattr(cfg, key) for key in sorted({*plain_settings(DEFAULTS), "points", "drift_frames"} - replaced)}
     if not path.exists():
         result = train.finite(train_entry(name, cfg, device) | {"settings": asked})
         with replacing(path) as temporary:
@@ -447,7 +466,13 @@ def main(cfg):
             entries.append(entry | {"title": f"{entry['title']}, {share:g} of the compute"})
     for rows in (memory_tables if cfg.dataset == "world" else efficiency_tables)(entries):
         print_markdown(rows)
-    if cfg.plot:
+    long = {entry["title"]: entry["drift"] for entry in entries if "drift" in entry}
+    rows = SimpleNamespace(given=cfg.eval_context, frames=cfg.drift_frames, every=max(1, cfg.drift_frames // 7))
+    for title, values in long.items():
+        drift.print_table(title, values, rows)
+    if cfg.plot and long:
+        drift.draw(cfg.plot, long, rows)
+    elif cfg.plot:
         draw(cfg.plot, entries)
 
 

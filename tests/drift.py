@@ -103,6 +103,17 @@ def train_classifier(source, labels, steps=1000, batch=64):
 # ---------------------------------------------------------------------------------------------------
 # The measurement.
 
+def judged(settings, count, seed):
+    """True clips b t c h w of the run with `settings`, their digits b, and a classifier trained to tell digits."""
+    torch.manual_seed(seed)
+    first_frames = SimpleNamespace(**vars(settings) | {"frames": 1})
+    labels = {split: read_labels(settings.data_dir, split) for split in ("train", "val")}
+    net, held_out = train_classifier(open_source(first_frames, "train"), labels["train"]), open_source(settings, "val")
+    x, y = labelled_frames(open_source(first_frames, "val"), labels["val"], range(1000))
+    print(f"the classifier is right on {(net(x).argmax(1) == y).float().mean():.1%} of 1000 held-out frames")
+    return load_batch(held_out, range(count))[0], labelled_frames(held_out, labels["val"], range(count))[1], net
+
+
 def measure(videos, truth, labels, net):
     """Per frame, over the clips: how often the given digit is seen (and for each clip whether), ink over true ink and
     its spread, and the squared error over that of a guess at the mean."""
@@ -155,14 +166,7 @@ def main(cfg):
     settings.data_dir = cfg.data_dir or settings.data_dir
     require(settings.dataset == "digits" and settings.digits == 1, f"{path} was trained on {settings.digits} digits of "
             f"dataset {settings.dataset}: drift is measured on one digit; give another --checkpoint")
-    torch.manual_seed(cfg.seed)
-    train, val = open_source(SimpleNamespace(**vars(settings) | {"frames": 1}), "train"), open_source(settings, "val")
-    net = train_classifier(train, read_labels(settings.data_dir, "train"))
-    truth, labels = load_batch(val, range(cfg.clips))[0], read_labels(settings.data_dir, "val")
-    labels = labelled_frames(val, labels, range(cfg.clips))[1]
-    held_out = open_source(SimpleNamespace(**vars(settings) | {"frames": 1}), "val")
-    x, y = labelled_frames(held_out, read_labels(settings.data_dir, "val"), range(1000))
-    print(f"the classifier is right on {(net(x).argmax(1) == y).float().mean():.1%} of 1000 held-out frames")
+    truth, labels, net = judged(settings, cfg.clips, cfg.seed)
     results = {"truth": measure(truth, truth, labels, net)}
     print_table("truth", results["truth"], cfg)
     for values in itertools.product(*(getattr(cfg, name) for name in VARIED)):

@@ -185,16 +185,21 @@ class Stacked(Ours):
 
 
 def one_copy(cfg):
+    return {"noised_copies": 1, "context_noise": 0.0}
+
+
+def with_context_noise(cfg):
     return {"noised_copies": 1}
 
 
 def four_copies(cfg):
     """Of half the clips: with dear steps, more of them serve better."""
-    return {"noised_copies": 4, "batch_size": max(1, cfg.batch_size // 2)}
+    return {"noised_copies": 4, "context_noise": 0.0, "batch_size": max(1, cfg.batch_size // 2)}
 
 
 # title, network, settings that it changes
 REGIMES = {"ours": ("ours, R = 1", Ours, one_copy),
+           "ours_noise": ("ours, R = 1, context noise", Ours, with_context_noise),
            "ours4": ("ours, R = 4", Ours, four_copies),
            "last": ("last frame only", LastFrame, one_copy),
            "stack1": ("frame stacking, k = 1", partial(Stacked, k=1), one_copy),
