@@ -265,14 +265,14 @@ class CausalConv(MPWeight):
 
 
 def past_skip_gain(positions, kernel, dtype):
-    """g_t of `PastSkip`: t 1 1 1."""
-    return (1 + positions.clamp(max=kernel - 1) / (kernel - 1)).rsqrt()[:, None, None, None].to(dtype)
+    """g_t of a `PastSkip`, t 1 1 1: the frame itself makes up for what is missing of the past."""
+    return (1 - positions.clamp(max=kernel - 1) / (2 * (kernel - 1))).sqrt()[:, None, None, None].to(dtype)
 
 
 class PastSkip(CausalConv):
     """A skip from encoder to decoder, on which a frame takes along what the clean frames before it were there:
 
-        y[s,t] = g_t (x[s,t] + sum_j W_j * x[0,t-j])        W_j 1 x 1, k > 1; g_t keeps the magnitude
+        y[s,t] = g_t x[s,t] + sum_j W_j * x[0,t-j] / sqrt(2)        W_j 1 x 1, k > 1; g_t keeps the magnitude
 
     So the decoder, which has learnt at the coarse levels what moves where, has the past at hand in full detail."""
 
@@ -283,9 +283,9 @@ class PastSkip(CausalConv):
     def forward(self, x, seq):
         """x: (b s t) c h w -> (b r t) c h w of the frames to be denoised."""
         x, gain = seq.unfold(x), seq.of_positions(past_skip_gain, x.device, self.kernel, x.dtype)
-        past = self.past(x, self.scaled(x.dtype), seq)
+        past = self.past(x, self.scaled(x.dtype, 0.5 ** 0.5), seq)
         x, past, gain = map(seq.noised, (x, seq.to_copies(past), seq.to_copies(gain[None])))
-        return ((x + past) * gain).flatten(0, 2)
+        return torch.addcmul(past, x, gain).flatten(0, 2)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -782,14 +782,15 @@ def test_a_causal_convolution_is_a_convolution_over_each_frames_own_past(frames,
 
 def plain_past_skip(weight, x):
     """x: b s t c h w; weight c k-1 c 1 1 (the frame before first): every noised frame and, mixed, the clean ones before
-    it, as many as there are, at unit variance."""
+    it, which have half of the variance when all are there, and an equal part of that half each."""
     (b, s, t, c, h, w), reach = x.shape, weight.shape[1]
     y = x.new_zeros(b, s - 1, t, c, h, w)
     for j in range(t):
         past = x.new_zeros(b, c, h, w)
         for back in range(1, min(j, reach) + 1):
             past = past + torch.einsum("oi,bihw->bohw", weight[:, back - 1, :, 0, 0], x[:, CLEAN, j - back])
-        y[:, :, j] = (x[:, 1:, j] + past[:, None] / math.sqrt(reach * c)) / math.sqrt(1 + min(j, reach) / reach)
+        share = min(j, reach) / reach / 2
+        y[:, :, j] = math.sqrt(1 - share) * x[:, 1:, j] + past[:, None] / math.sqrt(2 * reach * c)
     return y
 
 
