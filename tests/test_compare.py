@@ -14,7 +14,7 @@ from test_train import write_digits
 
 import train
 from config import UserError, plain_settings
-from data import CanvasWorld, open_source
+from data import CanvasWorld, load_batch, open_source
 from model import Cache, Sequence, border_gain
 
 SMALL = {"frames": 6, "frame_size": 16, "digit_size": 10, "channels": 16, "channel_mults": (1, 2), "head_dim": 16,
@@ -269,6 +269,30 @@ def test_a_checkpoint_is_evaluated_by_the_protocol(cfg, tmp_path, capsys):
     assert [row[0] for row in table[2:]] == ["| one sample", "| mean of 2 samples", "| best of 2, by MSE",
                                              "| the last given frame", "| black"]
     assert 0 < float(table[4][1]) <= float(table[2][1]) < 256
+
+
+def test_only_ours_with_context_noise_has_any(cfg):
+    cfg.context_noise = 0.3
+    noise = {name: (vars(cfg) | changes(cfg))["context_noise"] for name, (_, _, changes) in REGIMES.items()}
+    assert noise.pop("ours_noise") == 0.3 and set(noise.values()) == {0}
+
+
+def test_long_rollouts_are_judged_of_all_but_whole_clips(cfg, monkeypatch, capsys):
+    """By a judge that sees the digit of the first clip alone. Ink of the given frames, not the model's, is the truth's."""
+    def judged(settings, count, seed):
+        truth = load_batch(open_source(settings, "val"), range(count))[0]
+        return truth, torch.arange(count), lambda frames: torch.eye(10)[:1].expand(len(frames), -1)
+    monkeypatch.setattr(compare.drift, "judged", judged)
+    cfg.drift_frames = 9
+    compare.main(cfg)
+    entries = {name: json.loads(next(compare.Path(cfg.out).glob(f"*{name}*")).read_text()) for name in cfg.regimes}
+    assert "drift" not in entries["whole"]
+    found = entries["last"]["drift"]
+    assert found["identity"] == [0.5] * 9 and found["ink"][0] == 1
+    ink = judged(SimpleNamespace(**vars(cfg) | {"frames": 9}), 2, 0)[0].double().mean((2, 3, 4))
+    expected = (ink / ink[:, :1]).mean(0)[:cfg.eval_context].tolist()
+    assert np.allclose(found["ink"][:cfg.eval_context], expected) and len(found["ink"]) == 9
+    assert "\nlast frame only\n" in capsys.readouterr().out
 
 
 def test_finished_entries_are_kept_and_other_settings_refused(cfg, monkeypatch, capsys):
