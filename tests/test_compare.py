@@ -278,7 +278,7 @@ def test_only_ours_with_context_noise_has_any(cfg):
 
 
 def test_long_rollouts_are_judged_of_all_but_whole_clips(cfg, monkeypatch, capsys):
-    """By a judge that sees the digit of the first clip alone. Ink of the given frames, not the model's, is the truth's."""
+    """By a judge that sees the digit of the first clip alone; ink of the given frames is the truth's."""
     def judged(settings, count, seed):
         truth = load_batch(open_source(settings, "val"), range(count))[0]
         return truth, torch.arange(count), lambda frames: torch.eye(10)[:1].expand(len(frames), -1)
