@@ -379,15 +379,15 @@ def sample_rows(cfg, device, model, picture):
 # Table 6: counted from shapes, for a GPU in bfloat16: the memory of a step, and what processes exchange.
 
 def memory_table(cfg, device):
-    """Per parameter 4 bytes each of weight, gradient, moments (muon's one, adam's two) and averages; what a forward
-    pass keeps, scaled weights once and the rest per clip, counted in float32 on a CPU, which has to hold it, and
-    halved. A tenth of a card stays free."""
+    """Per parameter 4 bytes each of weight, gradient, moments (muon's one, adam's two) and averages, and 2 of the scaled
+    weight; what else a forward pass keeps, per clip, counted in float32 on a CPU, which has to hold two (one alone is
+    here and there kept as a view, without a copy), and halved. A tenth of a card stays free."""
     two = torch.zeros(2, cfg.frames, *model_of(cfg).cfg.frame_shape)
     of_two, step = (video_step(uncompiled(cfg), clips, cfg.noised_copies, CPU) for clips in (two, two[:1]))
     count = sum(p.numel() for p in step.model.parameters())
     state = 4 * count * (2 + {"muon": 1, "adam": 2}[cfg.optimizer] + len(cfg.ema_widths))
-    kept = (kept_bytes(of_two.loss) - kept_bytes(step.loss)) / 2
-    once = kept_bytes(step.loss) / 2 - kept
+    once = 2 * count
+    kept = (kept_bytes(of_two.loss) / 2 - once) / 2
     rows = [{"T": cfg.frames, "R": cfg.noised_copies, "million parameters": count / 1e6, "state MB": state / 1e6,
              "MB once": once / 1e6, "MB per clip": kept / 1e6,
              "GFLOP per clip": count_flops(step.loss_and_gradients) / 1e9,

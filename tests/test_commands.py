@@ -488,8 +488,17 @@ def test_the_benchmark_counts_what_the_method_saves(command, tmp_path, workshop)
     (row,) = tables["memory"]                                # momentum, two averages, weight and gradient; fp32
     assert row["state MB"] == pytest.approx(20 * row["million parameters"])
     assert 0 < row["clips in 12 GB"] < row["clips in 24 GB"] / 2 and row["MB per clip"] > 1
-    assert 1 < row["MB once"] / row["million parameters"] < 2.1         # scaled weights, most of them, in bfloat16
     assert len({row["cache MB"] for row in tables["sample"] if "cache MB" in row}) == 1
+
+
+def test_the_benchmark_counts_the_memory_that_one_more_clip_takes():
+    import bench
+    flags = "--quick --channels=16 --head_dim=16"
+    cfg = read_settings(bench.DEFAULTS | vars(bench), [str(ROOT / "config/mnist.py"), *flags.split()])
+    clips = torch.zeros(5, cfg.frames, *bench.model_of(cfg).cfg.frame_shape)
+    kept = [bench.kept_bytes(bench.video_step(cfg, clips[:n], cfg.noised_copies, bench.CPU).loss) for n in (4, 5)]
+    (row,) = bench.memory_table(cfg, bench.CPU)
+    assert row["MB per clip"] == pytest.approx((kept[1] - kept[0]) / 2e6, rel=0.02)
 
 
 def test_the_benchmark_counts_nothing_that_is_compiled(monkeypatch):
