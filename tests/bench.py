@@ -380,8 +380,8 @@ def sample_rows(cfg, device, model, picture):
 
 def memory_table(cfg, device):
     """Per parameter 4 bytes each of weight, gradient, moments (muon's one, adam's two) and averages, 2 of the scaled
-    weight; what else a forward pass keeps, per clip, counted in float32 on a CPU, which has to hold two clips (one alone
-    is kept as views here and there, without a copy), and halved. A tenth of a card stays free."""
+    weight; what else a forward pass keeps, per clip, counted in float32 on a CPU, which has to hold two clips (of one
+    alone, views are kept here and there, not copies), and halved. A tenth of a card stays free."""
     two = torch.zeros(2, cfg.frames, *model_of(cfg).cfg.frame_shape)
     of_two, step = (video_step(uncompiled(cfg), clips, cfg.noised_copies, CPU) for clips in (two, two[:1]))
     count = sum(p.numel() for p in step.model.parameters())
