@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -55,12 +57,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def count_flops(function):
     """Operations of `function()`, a multiply-add counting as two, from the shapes of its matrix products,
-    convolutions and attentions. Run it on a CPU: there no masked pair is computed."""
+    convolutions and attentions. Nothing is computed, so any size can be counted. Its tensors have to be of a CPU:
+    there no masked pair is computed."""
     ops = torch.ops.aten
     mapping = {ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
                ops._scaled_dot_product_flash_attention_for_cpu_backward:
                    lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         function()
     return counter.get_total_flops()
 
@@ -86,7 +89,7 @@ def kept_bytes(function):
     storages = {}
 
     def pack(x):
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        storages[StorageWeakRef(x.untyped_storage())] = x.untyped_storage().nbytes()
         return x
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         result = function()
@@ -387,7 +390,8 @@ def memory_table(cfg, device):
     count = sum(p.numel() for p in step.model.parameters())
     state = 4 * count * (2 + {"muon": 1, "adam": 2}[cfg.optimizer] + len(cfg.ema_widths))
     once = 2 * count
-    kept = (kept_bytes(of_two.loss) / 2 - once) / 2
+    with FakeTensorMode(allow_non_fake_inputs=True):        # nothing is computed
+        kept = (kept_bytes(of_two.loss) / 2 - once) / 2
     rows = [{"T": cfg.frames, "R": cfg.noised_copies, "million parameters": count / 1e6, "state MB": state / 1e6,
              "MB once": once / 1e6, "MB per clip": kept / 1e6,
              "GFLOP per clip": count_flops(step.loss_and_gradients) / 1e9,

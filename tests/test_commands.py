@@ -501,6 +501,13 @@ def test_the_benchmark_counts_the_memory_that_one_more_clip_takes():
     assert row["MB per clip"] == pytest.approx((kept[1] - kept[0]) / 2e6, rel=0.02)
 
 
+def test_the_benchmark_counts_what_no_machine_could_compute():
+    import bench
+    n, weight = 10 ** 7, torch.zeros(3, 5, requires_grad=True)
+    assert bench.count_flops(lambda: (torch.zeros(n, 3) @ weight).sum().backward()) == 2 * (2 * n * 3 * 5)
+    assert bench.count_flops(lambda: torch.zeros(n, n) @ torch.zeros(n, 5)) == 2 * n * n * 5            # 400 TB
+
+
 def test_the_benchmark_counts_nothing_that_is_compiled(monkeypatch):
     """torch compiles code no more that has once run under a counter: only the first row would be of compiled steps."""
     import bench
