@@ -85,12 +85,17 @@ class MPWeight(nn.Module):
     def scaled(self, dtype, gain=1.0):
         """The weight as it acts; when no gradient is wanted, computed once, until the weight is written to. A compiled
         evaluation takes what the one before it, not compiled, has computed."""
-        weight, known = self.weight, self.frozen
-        if weight.requires_grad:
-            return self.scale(dtype, gain)
+        weight, known, compiling = self.weight, self.frozen, torch.compiler.is_compiling()
         key = dtype, gain, weight.device
-        if known[0] != key or not torch.compiler.is_compiling() and known[1] != weight._version:
-            self.frozen = known = key, weight._version, self.scale(dtype, gain)
+        if weight.requires_grad or compiling and known[0] != key:
+            return self.scale(dtype, gain)
+        state = known[1] if compiling else (weight._version, weight.data_ptr())          # a copy counts anew
+        if known[:2] != (key, state):
+            self.frozen = known = key, state, self.scale(dtype, gain)
+        return known[2]
+        state = weight._version, weight.data_ptr()          # a copy of a model counts its versions anew
+        if known[:2] != (key, state):
+            self.frozen = known = key, state, self.scale(dtype, gain)
         return known[2]
 
     def scale(self, dtype, gain):

@@ -431,6 +431,8 @@ def build_model(cfg, source, device):
     require(values <= channels, f"patch_size={cfg.patch_size}: a patch holds {values} values, and {channels} channels "
                                 "at the finest level cannot tell the noise of all, so that some would stay: set more "
                                 "channels, or a smaller patch_size")
+    require(device.type != "cuda" or cfg.head_dim >= 16 or cfg.window == 1 or not cfg.video_attn_resolutions,
+            f"head_dim={cfg.head_dim}: FlexAttention, which a GPU uses, needs at least 16")
     return model.to(device)
 
 

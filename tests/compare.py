@@ -441,8 +441,9 @@ def draw(path, entries):
 def finished_entry(name, cfg, device):
     """From its file, or trained now."""
     path = Path(cfg.out, f"{cfg.dataset}-{name}-{cfg.gflop:g}.json")
-    replaced = train.FREE_TO_CHANGE | {"max_steps"}         # by `gflop`
-    asked = {key: getattr(cfg, key) for key in sorted({*plain_settings(DEFAULTS), "points", "drift_frames"} - replaced)}
+    free = train.FREE_TO_CHANGE - {"eval_clips", "eval_context"} | {"max_steps"}         # which `gflop` replaces
+    names = {*plain_settings(DEFAULTS), "points", "drift_frames", "memory_frames"} - free
+    asked = {name: getattr(cfg, name) for name in sorted(names)}
     if not path.exists():
         result = train.finite(train_entry(name, cfg, device) | {"settings": asked})
         with replacing(path) as temporary:
@@ -459,6 +460,8 @@ def main(cfg):
         return evaluate_protocol(cfg, device)
     cfg.data_dir = cfg.data_dir or train.data_dir
     require(set(cfg.regimes) <= set(REGIMES), f"--regimes={','.join(cfg.regimes)}: choose from {', '.join(REGIMES)}")
+    if cfg.drift_frames:
+        drift.check_judged(cfg, "to train on are")
     entries = [finished_entry(name, cfg, device) for name in cfg.regimes]
     if "ours" in cfg.regimes and cfg.dataset == "digits":
         for share in cfg.shorter:

@@ -103,6 +103,14 @@ def train_classifier(source, labels, steps=1000, batch=64):
 # ---------------------------------------------------------------------------------------------------
 # The measurement.
 
+def check_judged(settings, whose):
+    """UserError if rollouts of the run with `settings` cannot be judged: before any time is spent on them."""
+    require(settings.dataset == "digits" and settings.digits == 1, f"{whose} {settings.digits} digits of dataset "
+            f"{settings.dataset}: long rollouts are judged of one digit in `digits`")
+    for split in ("train", "val"):
+        read_labels(settings.data_dir, split)
+
+
 def judged(settings, count, seed):
     """True clips b t c h w of the run with `settings`, their digits b, and a classifier trained to tell digits."""
     torch.manual_seed(seed)
@@ -129,7 +137,7 @@ def print_table(name, figures, cfg):
     rows = range(cfg.given, cfg.frames, cfg.every)
     print(f"\n{name}\n  frame       " + "".join(f"{t + 1:7d}" for t in rows))
     for key, values in figures.items():
-        spans = [np.array(values[t:t + cfg.every]) for t in rows]
+        spans = [np.array(values[t:t + cfg.every], float) for t in rows]                 # a file has null for NaN
         if key == "seen":                                   # per clip: what other clips might have given
             key, spans = "+-", [span.mean(0).std(ddof=1) / span.shape[1] ** 0.5 for span in spans]
         print(f"  {key:12s}" + "".join(f"{np.mean(span):7.2f}" for span in spans))
@@ -164,8 +172,7 @@ def main(cfg):
     model.dtype = compute_dtype(device)
     settings = SimpleNamespace(**state["settings"] | {"frames": cfg.frames})
     settings.data_dir = cfg.data_dir or settings.data_dir
-    require(settings.dataset == "digits" and settings.digits == 1, f"{path} was trained on {settings.digits} digits of "
-            f"dataset {settings.dataset}: drift is measured on one digit; give another --checkpoint")
+    check_judged(settings, f"{path} was trained on")
     truth, labels, net = judged(settings, cfg.clips, cfg.seed)
     results = {"truth": measure(truth, truth, labels, net)}
     print_table("truth", results["truth"], cfg)

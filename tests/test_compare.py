@@ -283,6 +283,7 @@ def test_long_rollouts_are_judged_of_all_but_whole_clips(cfg, monkeypatch, capsy
         truth = load_batch(open_source(settings, "val"), range(count))[0]
         return truth, torch.arange(count), lambda frames: torch.eye(10)[:1].expand(len(frames), -1)
     monkeypatch.setattr(compare.drift, "judged", judged)
+    monkeypatch.setattr(compare.drift, "read_labels", lambda *_: None)
     cfg.drift_frames = 9
     compare.main(cfg)
     entries = {name: json.loads(next(compare.Path(cfg.out).glob(f"*{name}*")).read_text()) for name in cfg.regimes}
@@ -293,6 +294,24 @@ def test_long_rollouts_are_judged_of_all_but_whole_clips(cfg, monkeypatch, capsy
     expected = (ink / ink[:, :1]).mean(0)[:cfg.eval_context].tolist()
     assert np.allclose(found["ink"][:cfg.eval_context], expected) and len(found["ink"]) == 9
     assert "\nlast frame only\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes,message", [({"digits": 2}, "2 digits"), ({"dataset": "world"}, "dataset world"),
+                                             ({}, "labels")], ids=str)
+def test_long_rollouts_that_cannot_be_judged_are_refused_before_training(cfg, monkeypatch, changes, message):
+    monkeypatch.setattr(compare, "train_entry", lambda *_: pytest.fail("trained first"))
+    monkeypatch.setattr(compare.drift, "download", lambda name, *_, **__: compare.require(False, f"{name} not there"))
+    cfg = SimpleNamespace(**vars(cfg) | {"drift_frames": 9} | changes)
+    with pytest.raises(UserError, match=message):
+        compare.main(cfg)
+
+
+@pytest.mark.parametrize("changes", [{"eval_clips": 3}, {"eval_context": 3}, {"memory_frames": 20}], ids=str)
+def test_entries_that_were_evaluated_in_another_way_are_refused(cfg, monkeypatch, changes):
+    monkeypatch.setattr(compare, "train_entry", lambda *_: {"title": "made before"})
+    assert compare.finished_entry("ours", cfg, torch.device("cpu"))["title"] == "made before"
+    with pytest.raises(UserError, match=f"{next(iter(changes))}.*--out"):
+        compare.finished_entry("ours", SimpleNamespace(**vars(cfg) | changes), torch.device("cpu"))
 
 
 def test_finished_entries_are_kept_and_other_settings_refused(cfg, monkeypatch, capsys):

@@ -71,6 +71,12 @@ def test_a_checkpoint_of_anything_but_one_digit_is_refused(monkeypatch, changes)
         drift.main(SimpleNamespace(device="cpu", checkpoint="c.pt", ema=0.05, frames=4, data_dir=""))
 
 
+def test_figures_that_are_not_finite_are_printed(capsys):
+    """A file has null for them: the spread of one clip's ink."""
+    drift.print_table("one clip", {"ink_spread": [None, None, 1.0]}, SimpleNamespace(given=0, frames=3, every=2))
+    assert capsys.readouterr().out.split()[-3:] == ["ink_spread", "nan", "1.00"]
+
+
 def test_the_table_says_how_far_other_clips_might_have_been(capsys):
     """Of four clips one is seen in both frames of a row and one in one of them."""
     seen = [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]

@@ -719,6 +719,22 @@ def test_a_frozen_weight_is_scaled_once_and_anew_after_it_was_written_to():
     assert torch.allclose(layer.scaled(torch.float32, 2.0), -3 * first)
 
 
+def test_a_copied_model_acts_with_its_own_weights():
+    """A copy's versions are counted anew, and may be those of the model that it was copied from."""
+    x, sigma = torch.randn(1, 1, 1, 8, 8), torch.ones(1, 1)
+    model, other = (network().requires_grad_(False) for _ in range(2))
+    for each in (model, other):
+        each.load_state_dict(each.state_dict())
+    first = model.step(x, sigma, m.Cache())
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(other.state_dict())
+    assert torch.equal(copied.step(x, sigma, m.Cache()), other.step(x, sigma, m.Cache()))
+    for weight in copied.parameters():
+        weight.data = weight.data * -1
+    assert not torch.equal(copied.step(x, sigma, m.Cache()), other.step(x, sigma, m.Cache()))
+    assert torch.equal(model.step(x, sigma, m.Cache()), first)
+
+
 def test_projected_gradients_are_those_through_explicit_normalisation():
     """Every linear layer, convolution and causal convolution of a network, and its gains, which are no weights."""
     denoiser = network(temporal_kernel=3, action_dim=3).requires_grad_()

@@ -1381,6 +1381,17 @@ def test_fewer_channels_than_a_patch_has_values_are_refused(tiny, tmp_path):
         train.main(tiny(channels=8, head_dim=8))
 
 
+def test_heads_too_small_for_a_gpus_attention_are_refused_there_alone(tiny, monkeypatch):
+    cfg = tiny(head_dim=8, video_attn_resolutions=(4,), window=3)
+    source = open_source(cfg, "val")
+    train.build_model(cfg, source, CPU)
+    with pytest.raises(UserError, match="head_dim=8.*16"):
+        train.build_model(cfg, source, torch.device("cuda"))
+    monkeypatch.setattr(train.Denoiser, "to", lambda model, device: model)
+    for changes in ({"head_dim": 16}, {"window": 1}, {"video_attn_resolutions": ()}):
+        train.build_model(SimpleNamespace(**vars(cfg) | changes), source, torch.device("cuda"))
+
+
 def test_a_folder_that_cannot_be_written_is_one_line_that_names_it(tiny, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file" / "run", Path("/proc/run")):       # /proc: nobody may make a folder there
