@@ -719,19 +719,20 @@ def test_a_frozen_weight_is_scaled_once_and_anew_after_it_was_written_to():
     assert torch.allclose(layer.scaled(torch.float32, 2.0), -3 * first)
 
 
-def test_a_copied_model_acts_with_its_own_weights():
-    """A copy's versions are counted anew, and may be those of the model that it was copied from."""
+@pytest.mark.parametrize("times", range(6))
+def test_a_copied_model_acts_with_its_own_weights(times):
+    """A copy's versions are counted anew, and at some time are those of the model that it was copied from."""
     x, sigma = torch.randn(1, 1, 1, 8, 8), torch.ones(1, 1)
     model, other = (network().requires_grad_(False) for _ in range(2))
-    for each in (model, other):
-        each.load_state_dict(each.state_dict())
+    torch.nn.init.normal_(other.unet.stem.weight)
     first = model.step(x, sigma, m.Cache())
     copied = copy.deepcopy(model)
-    copied.load_state_dict(other.state_dict())
-    assert torch.equal(copied.step(x, sigma, m.Cache()), other.step(x, sigma, m.Cache()))
-    for weight in copied.parameters():
-        weight.data = weight.data * -1
-    assert not torch.equal(copied.step(x, sigma, m.Cache()), other.step(x, sigma, m.Cache()))
+    for _ in range(times):
+        copied.load_state_dict(other.state_dict())
+    expected = other.step(x, sigma, m.Cache()) if times else first
+    assert torch.equal(copied.step(x, sigma, m.Cache()), expected)
+    copied.unet.stem.weight.data = 2 * other.unet.stem.weight
+    assert not torch.equal(copied.step(x, sigma, m.Cache()), expected)
     assert torch.equal(model.step(x, sigma, m.Cache()), first)
 
 
