@@ -472,6 +472,7 @@ def with_actions(timed, path):
 # Preparing clips: of each source NAME.raw, its frames one after another, perhaps NAME.actions.npy, and NAME.json,
 # which is written last: what has one is whole. meta.json, made of them at the end, is all that training looks up.
 
+TWO_FILES = "prepare two files or more, as one is held out; one long film can be cut in two"
 MADE_WITH = ("env", "size", "channels", "fps", "letterbox", "max_frames", "min_frames", "seed")     # the same for all
 
 
@@ -677,6 +678,8 @@ def prepare(cfg):
         print(f"{folder}: {len(meta[split])} {split} clips, {sum(frames for _, frames, _ in meta[split])} frames of "
               f"{meta['shape']}, {meta['action_dim']} actions", flush=True)
     print(f"{len(meta['left_out'])} sources left out")
+    if not meta["val"]:
+        print(f"with one clip alone nothing can be trained: {TWO_FILES}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -693,6 +696,7 @@ class VideoClips:
         self.meta, self.folder, self.cfg, self.frames = read_meta(folder), folder, cfg, cfg.frames
         self.span, self.flip = (cfg.frames - 1) * cfg.stride + 1, cfg.flip and split == "train"
         at_least(cfg, 1, "frames", "stride")
+        require(self.meta[split], f"data_dir={folder} has no {split} clips: {TWO_FILES}")
         self.clips = [clip for clip in self.meta[split] if clip[1] >= self.span]
         require(self.clips, f"data_dir={folder}: none of its {len(self.meta[split])} {split} clips has the {self.span} "
                             "frames that `frames` and `stride` ask for: set them lower, or prepare more videos")

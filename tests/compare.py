@@ -400,7 +400,7 @@ def print_markdown(rows):
 
 def look(i):
     """Of the i-th curve: told apart without colour too."""
-    return {"marker": "osD^v*XP<>"[i % 10], "linestyle": ["-", "--", ":", "-."][i % 4]}
+    return {"marker": "osD^v*XP<>h"[i % 11], "linestyle": ["-", "--", ":", "-."][i % 4]}
 
 
 def draw_efficiency(figure, entries):

@@ -281,12 +281,17 @@ def test_some_are_held_out_and_some_are_not(names, share):
     assert 0 < len(data.held_out(names, share)) < len(names)
 
 
-def test_a_single_source_leaves_nothing_to_hold_out(here):
+def test_a_single_source_leaves_nothing_to_hold_out_and_is_said_to(here, capsys):
     np.save(here / "src" / "a.npy", numbered(9))
     prepare(here)
     assert len(source(here / "out").clips) == 1
-    with pytest.raises(UserError, match="none of its 0 val clips"):
+    assert "one clip alone" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no val clips: prepare two files"):
         source(here / "out", "val")
+    np.save(here / "src" / "b.npy", numbered(9))
+    prepare(here)
+    assert len(source(here / "out", "val").clips) == 1
+    assert "alone" not in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -595,7 +600,7 @@ def test_an_interrupted_source_is_not_believed(here, monkeypatch):
         patch.setattr(data, "write_actions", dies)                      # after the frames, before the record
         with pytest.raises(KeyboardInterrupt):
             prepare(here)
-    with pytest.raises(UserError, match="none of its 0 train clips"):
+    with pytest.raises(UserError, match="no train clips"):
         source(here / "out")
     meta = prepare(here)
     assert len(meta["train"]) == len(meta["val"]) == 1
