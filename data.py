@@ -172,7 +172,7 @@ def find_images(data_dir):
     """{split: path} of the images files. Downloads if there is no file at all."""
     reason = None if present(data_dir) else fetch(data_dir)
     files = present(data_dir)
-    if len(files) < 2:
+    if len(files) < 2 and os.environ.get("RANK", "0") == "0":       # of torchrun's processes one tells
         failed = f"MNIST could not be downloaded into {data_dir} ({reason}). " if reason else ""
         only, names = "".join(map(str, files.values())), " and ".join(FILES.values())
         part = f"Only {only} is there: 'val' is the last tenth of its digits"

@@ -93,13 +93,10 @@ class MPWeight(nn.Module):
         if known[:2] != (key, state):
             self.frozen = known = key, state, self.scale(dtype, gain)
         return known[2]
-        state = weight._version, weight.data_ptr()          # a copy of a model counts its versions anew
-        if known[:2] != (key, state):
-            self.frozen = known = key, state, self.scale(dtype, gain)
-        return known[2]
 
     def scale(self, dtype, gain):
-        return (self.weight * (gain / math.sqrt(self.fan_in))).to(dtype)
+        rows = self.weight.flatten(1) * (gain / math.sqrt(self.fan_in))         # flat: DDP wants plain gradients
+        return rows.view_as(self.weight).to(dtype)
 
 
 class MPLinear(MPWeight):

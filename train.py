@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -468,7 +469,9 @@ class Run:
         self.resume(self.path)
         self.network = compiled(self.model) if cfg.compile else self.model
         if self.world_size > 1 and not cfg.shard:
-            self.network = DistributedDataParallel(self.network, broadcast_buffers=False)    # they never change
+            with warnings.catch_warnings():                 # torch 2.13 has another name for it, 2.9 has not
+                warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+                self.network = DistributedDataParallel(self.network, broadcast_buffers=False)      # they never change
         self.board = None
         if cfg.tensorboard and self.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -587,13 +590,13 @@ class Run:
 def ask_to_stop(stop):
     """Ctrl-C and SIGTERM append to `stop`, to end after the current step. A second one ends at once; but a SIGTERM
     within a second is torchrun's: asked to end together with its processes, it asks them too."""
-    asked = []
+    first = []                                              # when it was asked
 
     def handler(number, frame):
-        asked.append(time.monotonic())
-        if stop and (number == signal.SIGINT or asked[-1] - asked[0] > 1):
+        if stop and (number == signal.SIGINT or time.monotonic() - first[0] > 1):
             raise KeyboardInterrupt
         if not stop:
+            first.append(time.monotonic())
             stop.append(number)
             print("\nfinishing the step, then saving; once more to quit at once", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
