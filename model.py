@@ -89,13 +89,13 @@ class MPWeight(nn.Module):
         key = dtype, gain, weight.device
         if weight.requires_grad or compiling and known[0] != key:
             return self.scale(dtype, gain)
-        state = known[1] if compiling else (weight._version, weight.data_ptr())          # a copy counts anew
+        state = known[1] if compiling else (weight._version, weight.data_ptr())   # a copied model counts anew
         if known[:2] != (key, state):
             self.frozen = known = key, state, self.scale(dtype, gain)
         return known[2]
 
     def scale(self, dtype, gain):
-        rows = self.weight.flatten(1) * (gain / math.sqrt(self.fan_in))         # flat: DDP wants plain gradients
+        rows = self.weight.flatten(1) * (gain / math.sqrt(self.fan_in))         # flat, or gradients have other strides
         return rows.view_as(self.weight).to(dtype)
 
 

@@ -461,7 +461,7 @@ def main(cfg):
     cfg.data_dir = cfg.data_dir or train.data_dir
     require(set(cfg.regimes) <= set(REGIMES), f"--regimes={','.join(cfg.regimes)}: choose from {', '.join(REGIMES)}")
     if cfg.drift_frames:
-        drift.check_judged(cfg, "to train on are")
+        drift.check_judged(cfg, "this run trains on")
     entries = [finished_entry(name, cfg, device) for name in cfg.regimes]
     if "ours" in cfg.regimes and cfg.dataset == "digits":
         for share in cfg.shorter:

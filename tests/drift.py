@@ -106,7 +106,7 @@ def train_classifier(source, labels, steps=1000, batch=64):
 def check_judged(settings, whose):
     """UserError if rollouts of the run with `settings` cannot be judged: before any time is spent on them."""
     require(settings.dataset == "digits" and settings.digits == 1, f"{whose} {settings.digits} digits of dataset "
-            f"{settings.dataset}: long rollouts are judged of one digit in `digits`")
+            f"{settings.dataset}: long rollouts are judged of dataset digits, with digits=1")
     for split in ("train", "val"):
         read_labels(settings.data_dir, split)
 
