@@ -419,7 +419,7 @@ def draw_efficiency(figure, entries):
 
 def draw_memory(figure, entries):
     """Error against how long ago a place was in view."""
-    axis, ((names, *lines),) = figure.subplots(), memory_tables(entries)
+    axis, ((names, _, *lines),) = figure.subplots(), memory_tables(entries)             # the first tells how many
     for i, (who, *errors) in enumerate(lines):
         axis.plot(names[1:], [float(error) for error in errors], label=who, **look(i))
     axis.set(xlabel=f"{names[0]} (window: {entries[0]['settings']['window']})", ylim=(0, None),

@@ -245,6 +245,17 @@ def test_memory_is_the_error_of_what_was_last_seen_so_long_ago(cfg):
     assert [late["error"][i] for i in known] == [right["copy of the last frame"][i] for i in known]
 
 
+def test_the_picture_of_memory_shows_errors_alone():
+    from matplotlib.figure import Figure
+    errors = {"copy of the last frame": [1.5] * 10, "black": [1.1] * 10, "error": [0.2] * 10}
+    figure = Figure()
+    memory = {"frames' worth of pixels": [500] * 10} | errors
+    compare.draw_memory(figure, [{"title": "ours", "memory": memory, "settings": {"window": 12}}])
+    (axis,) = figure.axes
+    assert [line.get_label() for line in axis.lines] == ["copy of the last frame", "black", "ours"]
+    assert [max(line.get_ydata()) for line in axis.lines] == [1.5, 1.1, 0.2] and axis.get_ylim()[1] < 2
+
+
 def test_compute_to_reach_an_error_lies_on_the_line_between_two_points():
     curve = [(1, 0.8), (4, 0.4), (16, 0.1)]
     assert compare.compute_to_reach(0.2, [curve]) == (pytest.approx(8), False)
