@@ -474,7 +474,7 @@ def test_the_benchmark_counts_what_the_method_saves(command, tmp_path, workshop)
     """Operations per supervised frame, over those of an image: the encoder twice and a past for one noised copy, and
     less for each of four that share them; the shared past costs less than a past for every copy."""
     done = command(tmp_path, "tests/bench.py", str(ROOT / "config/mnist.py"), "--quick", "--supervised_frames=8",
-                   "--repeat_times=1", "--far=3", "--window=2", "--device=cpu", "--out=bench.json",
+                   "--channels=16", "--head_dim=16", "--far=3", "--window=2", "--device=cpu", "--out=bench.json",
                    f"--data_dir={workshop[0] / 'digits'}")
     assert done.code == 0, done.err
     tables = json.loads((tmp_path / "bench.json").read_text())
