@@ -537,8 +537,8 @@ class UNet(nn.Module):
 
     def forward(self, x, emb, seq):
         """x: (b s t) c h w, emb: (b s t) e -> (b r t) c h w of the frames to be denoised."""
-        *skips, x = self.encode(x, emb, seq)
-        emb = seq.noised_only(emb)
+        skips, emb = self.encode(x, emb, seq), seq.noised_only(emb)
+        x = skips.pop()                                     # the middle
         for block in self.decoder:
             x = self.run(block, x if block.resample else mp_cat(x, skips.pop()), emb, ALONE)
         return self.head(x) * self.head_gain

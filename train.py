@@ -119,7 +119,8 @@ def start_processes(cfg):
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":           # several nodes may count their restarts differently
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)       # the old one has old addresses
-    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
+                            device_id=device if on_gpu else None)
     return device, rank, world_size
 
 
@@ -531,7 +532,7 @@ class Run:
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         count = sum(p.numel() for p in self.model.parameters())
-        print(f"{count / 1e6:.2f} million parameters on {self.world_size} x {self.device}; {origin}", flush=True)
+        print(f"{count / 1e6:.2f} million parameters on {self.world_size} x {self.device.type}; {origin}", flush=True)
         if self.step == 0:
             self.log(step=0, parameters=count, origin=origin, settings=vars(self.cfg))
 
