@@ -27,7 +27,8 @@ from config import require
 
 def unit_rms(x, dims, gain=1.0):
     """x scaled to root mean square `gain` over `dims`, measured in float32."""
-    mean_square = x.float().square().mean(dims, keepdim=True)
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32)      # keeps no float32 copy of x
+    mean_square = norm.square() * (norm.numel() / x.numel())
     return x * (gain * (mean_square + 1e-8).rsqrt()).to(x.dtype)
 
 

@@ -678,6 +678,15 @@ def test_unit_rms_divides_by_the_root_mean_square():
     assert torch.equal(m.unit_rms(torch.zeros(2, 3), 1), torch.zeros(2, 3))
 
 
+def test_unit_rms_measures_in_float32_and_keeps_no_float32_copy():
+    x = (100 + torch.rand(4, 1024)).bfloat16().requires_grad_()         # squares of 8 bits would sum up wrongly
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved) or saved, lambda saved: saved):
+        y = m.unit_rms(x, 1)
+    assert rms(y.float()).item() == pytest.approx(1, abs=2e-3)
+    assert {saved.dtype for saved in kept if saved.numel() == x.numel()} == {torch.bfloat16}
+
+
 # ------------------------------------------------------------------------------------------------
 # Weights on the sphere.
 
