@@ -55,7 +55,6 @@ sigma_max = 40.0            # first noise level
 rho = 7.0                   # spacing of the noise levels: larger puts more of them near sigma_min
 churn = 0.0                 # fresh noise per frame (S_churn), at levels .05 to 50; 0 is the deterministic sampler
 context_noise = -1.0        # noise level at which the past is read; -1: half the largest of the training
-temperature = 1.0           # factor of each frame's first noise; below 1, samples differ less
 guidance = 1.0              # above 1: away from what a frame without a past would be; twice the evaluations
 ema = 0.05                  # width of the averaged weights; 0: the raw weights of the last step
 seed = 0                    # same seed, same file
@@ -113,11 +112,10 @@ class Rollout(collections.abc.Iterator):
     limits: None, or the least and the largest value that a pixel can have, c 1 1 each: a frame is clamped to them
     before it becomes the past, as it is when shown. Frame t's noise is a function of (seed, t) alone."""
 
-    def __init__(self, model, clip, levels, seed=0, actions=None, limits=None, context_noise=0.0, temperature=1.0,
-                 guidance=1.0, **how):
+    def __init__(self, model, clip, levels, seed=0, actions=None, limits=None, context_noise=0.0, guidance=1.0,
+                 **how):
         self.model, self.levels, self.seed, self.how = model, levels, seed, how          # how: solver and churn
-        self.limits, self.temperature, self.guidance = limits, temperature, guidance
-        self.actions, self.context_noise = actions, context_noise
+        self.actions, self.limits, self.context_noise, self.guidance = actions, limits, context_noise, guidance
         self.shape, self.device = (clip.shape[0], *clip.shape[2:]), clip.device
         self.cache, self.no_past = Cache(clip.device), Cache(clip.device)
         if clip.shape[1]:
@@ -132,7 +130,7 @@ class Rollout(collections.abc.Iterator):
     def advance(self, action=None):
         """The next frame, b c h w, which `action`, b 1 (..), leads to."""
         generator = seeded(self.device, self.seed, self.cache.position)
-        x = torch.randn(self.shape, generator=generator, device=self.device) * (self.levels[0] * self.temperature)
+        x = torch.randn(self.shape, generator=generator, device=self.device) * self.levels[0]
         x = reverse_diffusion(functools.partial(self.denoise, action), x, self.levels, generator=generator, **self.how)
         x = x.clamp(*self.limits) if self.limits else x
         self.read(x[:, None], action)
@@ -631,15 +629,14 @@ def read_actions(text, frames, samples, action_dim, discrete=None):
 
 def rollout_settings(cfg):
     """What `Rollout` takes beyond the model and the clip."""
-    names = ("seed", "context_noise", "temperature", "guidance", "solver", "churn")
-    settings = {name: getattr(cfg, name) for name in names}
+    settings = {name: getattr(cfg, name) for name in ("seed", "context_noise", "guidance", "solver", "churn")}
     return settings | {"levels": noise_levels(cfg.steps, cfg.sigma_min, cfg.sigma_max, cfg.rho)}
 
 
 def check_settings(cfg):
     """UserError before any work is done."""
     at_least(cfg, 1, "frames", "samples", "steps", "fps", "scale")
-    at_least(cfg, 0, "context", "first_clip", "seed", "churn", "temperature")
+    at_least(cfg, 0, "context", "first_clip", "seed", "churn")
     for name, value in vars(cfg).items():
         require(not isinstance(value, float) or math.isfinite(value), f"--{name}={value}: must be a finite number")
     one_of(cfg, solver=("euler", "heun"), precision=("bfloat16", "float32"), split=("train", "val"))

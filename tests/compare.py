@@ -60,7 +60,6 @@ protocol = False                # Moving MNIST's, instead of training: 10 frames
 checkpoint = ""                 # file to evaluate; empty: the newest checkpoint.pt under out/
 clips = 256                     # held-out clips
 samples = 10                    # samples per clip, for their mean and the best of them
-temperature = 1.0               # factor of each frame's first noise
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = dict(vars(train)) | read_file(str(ROOT / "config/mnist.py"))
@@ -370,7 +369,7 @@ def evaluate_protocol(cfg, device, given=10, predicted=10):
     source = open_source(settings, "val")
     clips, made = load_batch(source, range(cfg.clips))[0], []
     for seed in tqdm(range(cfg.samples), desc="samples", disable=None):
-        how = SAMPLER | {"seed": seed, "context_noise": settings.context_noise / 2, "temperature": cfg.temperature}
+        how = SAMPLER | {"seed": seed, "context_noise": settings.context_noise / 2}
         frames = sample.roll_out(model, clips.to(device), given, given + predicted, state["stats"], how)
         made.append(np.stack(list(frames)[given:], axis=1)[:, :, 0] / 255)
     print(f"{path}, step {state['step']}: {cfg.clips} held-out clips, {given} frames given and {predicted} predicted, "

@@ -36,7 +36,6 @@ steps = (6,)                    # steps per frame
 sigma_min = (0.2,)              # last noise level before 0
 sigma_max = (40.0,)             # first noise level
 context_noise = (0.05,)         # noise levels at which the past is read
-temperature = (1.0,)            # factors of each frame's first noise
 guidance = (1.0,)               # history guidance; 1 is none
 churn = (0.0,)                  # fresh noise per frame, at noise levels from 0.05 to 50
 ema = 0.05                      # width of the averaged weights
@@ -46,7 +45,7 @@ plot = ""                       # picture of them, by matplotlib; empty: none
 seed = 0                        # of the rollouts' noise and of the classifier
 device = "auto"                 # auto, cpu, cuda, ..
 
-VARIED = ("solver", "steps", "sigma_min", "sigma_max", "context_noise", "temperature", "guidance", "churn")
+VARIED = ("solver", "steps", "sigma_min", "sigma_max", "context_noise", "guidance", "churn")
 
 
 # ---------------------------------------------------------------------------------------------------

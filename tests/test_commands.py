@@ -203,12 +203,6 @@ def test_a_longer_rollout_begins_like_a_shorter_one(sampled):
     np.testing.assert_array_equal(long[:, :4], short)
 
 
-def test_temperature_changes_the_frames_that_are_made(sampled):
-    plain, cool = (np.load(sampled(f"{t}.npy", temperature=t)[1]) for t in (1.0, 0.5))
-    np.testing.assert_array_equal(cool[:, :2], plain[:, :2])
-    assert (cool[:, 2:] != plain[:, 2:]).any((2, 3, 4)).all()
-
-
 def test_a_rollout_can_start_from_nothing(sampled):
     out, path = sampled("a.npy", context=0, frames=2)
     assert "the first 0 given" in out
@@ -338,7 +332,6 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
     ("sample.py --samples=0", ["samples=0"]),
     ("sample.py --context=-1", ["context=-1"]),
     ("sample.py --steps=0", ["steps=0"]),
-    ("sample.py --temperature=-0.5", ["temperature=-0.5"]),
     ("sample.py --frames=4 --context=5", ["--context=5", "--frames=4"]),
     ("train.py --batchsize=3", ["batchsize", "did you mean 'batch_size'"]),
     ("train.py --batch_size=", ["batch_size", "int"]),
