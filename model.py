@@ -523,7 +523,7 @@ class UNet(nn.Module):
         return block(*inputs)
 
     def encode(self, x, emb, seq):
-        """x: (b s t) c h w, emb: (b s t) e -> (b r t) .. of the frames to be denoised, the skips and the middle."""
+        """x: (b s t) c h w, emb: (b s t) e -> of the frames to be denoised the list of skips and the middle, (b r t) .."""
         outputs = [self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
         if self.recompute and seq.cache is None:            # torch.compile forbids `run` to keep what it computes
             for layer in (*self.encoder.modules(), *self.middle.modules()):
@@ -534,12 +534,12 @@ class UNet(nn.Module):
         first, last = self.middle
         x = self.run(last, self.run(first, outputs[-1], emb, seq), emb, replace(seq, last=True))
         skips = [skip(z, seq) for skip, z in zip(self.skips, outputs)] or [seq.noised_only(z) for z in outputs]
-        return [*skips, x]
+        return skips, x
 
     def forward(self, x, emb, seq):
         """x: (b s t) c h w, emb: (b s t) e -> (b r t) c h w of the frames to be denoised."""
-        skips, emb = self.encode(x, emb, seq), seq.noised_only(emb)
-        x = skips.pop()                                     # the middle
+        skips, x = self.encode(x, emb, seq)
+        emb = seq.noised_only(emb)
         for block in self.decoder:
             x = self.run(block, x if block.resample else mp_cat(x, skips.pop()), emb, ALONE)
         return self.head(x) * self.head_gain
