@@ -523,7 +523,7 @@ class UNet(nn.Module):
         return block(*inputs)
 
     def encode(self, x, emb, seq):
-        """x: (b s t) c h w, emb: (b s t) e -> of the frames to be denoised the list of skips and the middle, (b r t) .."""
+        """x: (b s t) c h w, emb: (b s t) e -> of frames to be denoised the list of skips and the middle, (b r t) .."""
         outputs = [self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
         if self.recompute and seq.cache is None:            # torch.compile forbids `run` to keep what it computes
             for layer in (*self.encoder.modules(), *self.middle.modules()):
