@@ -1,11 +1,11 @@
 """The network: EDM2's magnitude-preserving UNet, over the frames of a clip.
 
 A training pass holds every clip 1 + R times: copy s = 0 is clean, copies s = 1..R are noised. Activations are
-`(b s t) c h w`: batch, copy, frame folded into one axis. Every query frame (s, t), clean or noised, sees itself
-and the clean frames before it; this one rule is all there is to the time axis, in the convolutions as in the
-attention. So a noised frame is denoised given its clean past, and all frames of the clip are trained in one pass.
-Time is mixed in the UNet's encoder and middle and on its skips; the decoder works on the frames to be denoised, each by
-itself.
+`(b s t) c h w`: batch, copy, frame folded into one axis; in memory the channels come last, which convolutions like.
+Every query frame (s, t), clean or noised, sees itself and the clean frames before it; this one rule is all there is to
+the time axis, in the convolutions as in the attention. So a noised frame is denoised given its clean past, and all
+frames of the clip are trained in one pass. Time is mixed in the UNet's encoder and middle and on its skips; the decoder
+works on the frames to be denoised, each by itself.
 
     EDM   Karras et al. 2022, arXiv 2206.00364      EDM2  Karras et al. 2023, arXiv 2312.02696
 """
@@ -169,6 +169,11 @@ class Cache:
             table.copy_(function(self.clock[None], *settings))
 
 
+def fold(x):
+    """b s t .. c -> (b s t) c .."""
+    return x.flatten(0, 2).movedim(-1, 1)
+
+
 @dataclass
 class Sequence:
     """The layout `(b s t)` of a pass. Without a cache: s = copies, copy 0 clean, t from the first frame on.
@@ -193,8 +198,8 @@ class Sequence:
         return tables[key]
 
     def unfold(self, x):
-        """(b s t) .. -> b s t .."""
-        return x.unflatten(0, (-1, self.copies, self.frames))
+        """(b s t) c .. -> b s t .. c"""
+        return x.movedim(1, -1).unflatten(0, (-1, self.copies, self.frames))
 
     def noised(self, x):
         """Of x b s t .. the frames to be denoised: b r t .., without clean ones."""
@@ -205,8 +210,8 @@ class Sequence:
         return x[:, None].expand(-1, self.copies, *x.shape[1:])
 
     def noised_only(self, x):
-        """(b s t) .. -> (b r t) .."""
-        return self.noised(self.unfold(x)).flatten(0, 2)
+        """(b s t) c .. -> (b r t) c .."""
+        return fold(self.noised(self.unfold(x)))
 
     def going_on(self, x):
         """Of x (b s t) .. what the next layer reads."""
@@ -237,8 +242,8 @@ class CausalConv(MPWeight):
         if self.kernel > 1:
             past = seq.to_copies(self.past(seq.unfold(x), weight[1:], seq))
             past = seq.noised(past) if seq.last else past
-            y = (y.unflatten(0, past.shape[:3]) + past).flatten(0, 2)
-            scale = (seq.unfold(scale) * self.table(x, seq)).flatten(0, 2)
+            y = fold(y.movedim(1, -1).unflatten(0, past.shape[:3]) + past)
+            scale = fold(seq.unfold(scale) * self.table(x, seq))
         return y * seq.going_on(scale)[..., None, None]
 
     def table(self, x, seq):
@@ -248,10 +253,10 @@ class CausalConv(MPWeight):
         return super().scale(dtype, gain).transpose(0, 1).contiguous()                  # k c_out c_in 3 3
 
     def past(self, x, weight, seq):
-        """What the clean frames before each frame add to it: x b s t c_in h w -> b t c_out h w."""
+        """What the clean frames before each frame add to it: x b s t h w c_in -> b t h w c_out."""
         if seq.cache is None:                               # the last clean frame has no later frame
             return self.spread(x[:, 0, :-1], weight)[:, :seq.frames]
-        carry = seq.cache.of(self, (len(x), *weight.shape[:2], *x.shape[-2:]), x)
+        carry = seq.cache.of(self, (len(x), len(weight), *x.shape[3:5], weight.shape[1]), x)
         if not seq.commit:
             return carry[:, :1]
         total = self.spread(x[:, 0], weight)
@@ -260,10 +265,11 @@ class CausalConv(MPWeight):
         return total[:, :1]
 
     def spread(self, clean, weight):
-        """Contributions of n clean frames to themselves (none) and the k - 1 frames after: b (n + k - 1) c h w."""
+        """Contributions of n clean frames to themselves (none) and the k - 1 frames after: b (n + k - 1) h w c."""
         b, n, k = *clean.shape[:2], self.kernel
-        parts = F.conv2d(clean.flatten(0, 1), weight.flatten(0, 1), padding=weight.shape[-1] // 2)       # (j o) i ..
-        parts = rearrange(parts, "(b t) (j o) h w -> j b t o h w", b=b, t=n, j=k - 1)
+        frames = clean.flatten(0, 1).movedim(-1, 1)
+        parts = F.conv2d(frames, weight.flatten(0, 1), padding=weight.shape[-1] // 2)                    # (j o) i ..
+        parts = rearrange(parts, "(b t) (j o) h w -> j b t h w o", b=b, t=n, j=k - 1)
         return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, k - 1 - j)) for j, part in enumerate(parts, start=1))
 
 
@@ -288,7 +294,7 @@ class PastSkip(CausalConv):
         x, gain = seq.unfold(x), seq.of_positions(past_skip_gain, x.device, self.kernel, x.dtype)
         past = self.past(x, self.scaled(x.dtype, 0.5 ** 0.5), seq)
         x, past, gain = map(seq.noised, (x, seq.to_copies(past), seq.to_copies(gain[None])))
-        return torch.addcmul(past, x, gain).flatten(0, 2)
+        return fold(torch.addcmul(past, x, gain))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -394,11 +400,11 @@ class Attention(nn.Module):
         self.sharpness = nn.Parameter(torch.ones(channels // head_dim))
 
     def forward(self, x, seq):
-        qkv = rearrange(self.qkv(x), "(b s t) (n m d) h w -> n b s t m (h w) d",
+        qkv = rearrange(self.qkv(x).movedim(1, -1), "(b s t) h w (n m d) -> n b s t m (h w) d",
                         n=3, d=self.head_dim, s=seq.copies, t=seq.frames).contiguous()   # as fused kernels want it
         gains = F.pad(self.sharpness[None], (0, 0, 0, 2), value=1).view(3, 1, 1, 1, -1, 1, 1)           # of q, k, v
         y = self.attend(unit_rms(qkv, -1, gains), seq)
-        y = rearrange(y, "b s t m (h w) d -> (b s t) (m d) h w", h=x.shape[2])
+        y = rearrange(y, "b s t m (h w) d -> (b s t) h w (m d)", h=x.shape[2]).movedim(-1, 1)
         return torch.add(self.out(y, BRANCH), x, alpha=TRUNK)
 
     def table(self, x, seq):
@@ -599,17 +605,17 @@ class Denoiser(nn.Module):
     def unet_inputs(self, x, sigma, actions):
         """The frames with unit variance, folded, (b s t) c h w, and what is told of them, (b s t) e."""
         n, c_in = self.cfg.patch_size, (sigma ** 2 + self.cfg.sigma_data ** 2).rsqrt()
-        folded = rearrange(x * c_in[..., None, None, None], "b s t c (h y) (w x) -> (b s t) (c y x) h w", y=n, x=n)
-        return folded.to(self.dtype), self.embed(sigma, actions).flatten(0, 2)
+        folded = rearrange(x * c_in[..., None, None, None], "b s t c (h y) (w x) -> (b s t) h w (c y x)", y=n, x=n)
+        return folded.movedim(-1, 1).to(self.dtype), self.embed(sigma, actions).flatten(0, 2)
 
     def denoise(self, x, sigma, actions, seq):
         """EDM's preconditioning (EDM Table 1). x: b s t c h w -> D of the frames to be denoised, b r t c h w."""
         n, sd = self.cfg.patch_size, self.cfg.sigma_data
         if x.is_cuda and seq.cache is None:
             seq.masks = self.block_masks(seq, x.device)
-        f = self.unet(*self.unet_inputs(x, sigma, actions), seq).float()
+        f = self.unet(*self.unet_inputs(x, sigma, actions), seq).float().movedim(1, -1)
         x, sigma = seq.noised(x), seq.noised(sigma)
-        f = rearrange(f, "(b r t) (c y x) h w -> b r t c (h y) (w x)", r=x.shape[1], t=x.shape[2], y=n, x=n)
+        f = rearrange(f, "(b r t) h w (c y x) -> b r t c (h y) (w x)", r=x.shape[1], t=x.shape[2], y=n, x=n)
         c_in = (sigma ** 2 + sd ** 2).rsqrt()[..., None, None, None]
         return x * (sd * c_in) ** 2 + f * (sigma[..., None, None, None] * sd * c_in)
 

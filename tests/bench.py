@@ -33,6 +33,7 @@ from model import (
     attend_flex,
     attend_frame_by_frame,
     block_mask,
+    fold,
     sees,
 )
 from sample import Rollout, compiled, compute_dtype, noise_levels, pick_device
@@ -216,8 +217,8 @@ def conv_forms(c, h, kernel, batch, frames, copies, device):
     conv, n = CausalConv(c, c, kernel).to(device), batch * (1 + copies) * frames
     like = {"device": device, "dtype": compute_dtype(device)}
     seq, scale = Sequence(1 + copies, frames), torch.ones(n, c, **like)
-    x = torch.randn(n, c, h, h, **like, requires_grad=True)
-    lasting = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    first = torch.randn(n, c, h, h, **like, requires_grad=True)
+    x = first.detach().to(memory_format=torch.channels_last).requires_grad_()
 
     def shared(x=x):
         return conv(x, scale, seq)
@@ -226,15 +227,15 @@ def conv_forms(c, h, kernel, batch, frames, copies, device):
         """Past frames as channels of one 2D convolution, for every copy."""
         y = seq.unfold(x)
         past = [F.pad(y[:, :1, :-j], (0, 0, 0, 0, 0, 0, j, 0)).expand_as(y) for j in range(1, kernel)]
-        return F.conv2d(torch.cat([y, *past], dim=3).flatten(0, 2), conv.weight.to(x.dtype).flatten(1, 2), padding=1)
+        return F.conv2d(fold(torch.cat([y, *past], dim=-1)), conv.weight.to(x.dtype).flatten(1, 2), padding=1)
 
     def plain():
         """A 3D convolution over every copy by itself."""
-        y = F.pad(rearrange(x, "(b t) c h w -> b c t h w", t=frames), (0, 0, 0, 0, kernel - 1, 0))
+        y = F.pad(rearrange(first, "(b t) c h w -> b c t h w", t=frames), (0, 0, 0, 0, kernel - 1, 0))
         return F.conv3d(y, conv.weight.to(x.dtype).transpose(1, 2), padding=(0, 1, 1))
 
     forms = {"shared past": shared, "stacked 2D": stacked, "3D": plain,
-             "shared, channels-last": lambda: shared(lasting)}
+             "shared, channels first": lambda: shared(first)}
     return {name: lambda f=f: f().sum().backward() for name, f in forms.items()}
 
 

@@ -84,11 +84,11 @@ class BothWaysConv(CausalConv):
     def forward(self, x, scale, seq, gain=1.0):
         weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
         parts = F.conv2d(x, weight.flatten(0, 1), padding=1)
-        here, before, after = rearrange(parts, "(b t) (j o) h w -> j b t o h w", t=seq.frames, j=3)
+        here, before, after = rearrange(parts, "(b t) (j o) h w -> j b t h w o", t=seq.frames, j=3)
         y = here + F.pad(before[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0)) + F.pad(after[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1))
         taps = torch.full((seq.frames, 1, 1, 1), 3.0, device=x.device)
         taps[[0, -1]] = 2.0                                 # a missing neighbour must not shrink a frame
-        return (y * (3 / taps).sqrt()).flatten(0, 1) * scale[:, :, None, None]
+        return (y * (3 / taps).sqrt()).flatten(0, 1).movedim(-1, 1) * scale[:, :, None, None]
 
 
 class BothWaysAttention(Attention):
@@ -188,10 +188,6 @@ def one_copy(cfg):
     return {"noised_copies": 1, "context_noise": 0.0}
 
 
-def with_context_noise(cfg):
-    return {"noised_copies": 1}
-
-
 def four_copies(cfg):
     """Of half the clips: with dear steps, more of them serve better."""
     return {"noised_copies": 4, "context_noise": 0.0, "batch_size": max(1, cfg.batch_size // 2)}
@@ -199,7 +195,7 @@ def four_copies(cfg):
 
 # title, network, settings that it changes
 REGIMES = {"ours": ("ours, R = 1", Ours, one_copy),
-           "ours_noise": ("ours, R = 1, context noise", Ours, with_context_noise),
+           "ours_noise": ("ours, as set, with context noise", Ours, lambda cfg: {}),
            "ours4": ("ours, R = 4", Ours, four_copies),
            "last": ("last frame only", LastFrame, one_copy),
            "stack1": ("frame stacking, k = 1", partial(Stacked, k=1), one_copy),

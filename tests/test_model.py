@@ -771,6 +771,24 @@ def test_projected_gradients_are_those_through_explicit_normalisation():
     assert max((unprojected[name] - p.grad).norm() / p.grad.norm() for name, p in denoiser.named_parameters()) > 0.01
 
 
+@pytest.mark.parametrize("copies", [1, 2])
+def test_channels_are_last_in_memory_from_end_to_end_forward_and_backward(copies):
+    """A convolution that meets another layout copies its input first: that costs a fifth of a step."""
+    denoiser, kept = network(frame_attn_resolutions=()).requires_grad_(True), {}
+
+    def look(name):
+        def keep(_, __, out):
+            if out.ndim == 4 and min(out.shape[1:]) > 1:
+                kept[name] = out.is_contiguous(memory_format=torch.channels_last)
+                out.register_hook(lambda grad: kept.update({f"gradient of {name}": grad.stride(1) == 1}))
+        return keep
+    for name, module in denoiser.unet.named_modules():
+        module.register_forward_hook(look(name))
+    denoised, _ = denoiser(*training_inputs(denoiser, copies))
+    denoised.square().mean().backward()
+    assert len(kept) > 80 and {name for name, last in kept.items() if not last} == set()
+
+
 # ------------------------------------------------------------------------------------------------
 # The causal convolution, against a 3D convolution over each frame's own past.
 
