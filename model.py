@@ -205,9 +205,9 @@ class Sequence:
         """Of x b s t .. the frames to be denoised: b r t .., without clean ones."""
         return x[:, int(self.cache is None or self.commit):]
 
-    def to_copies(self, x):
-        """b t .. -> b s t .., the same for every copy"""
-        return x[:, None].expand(-1, self.copies, *x.shape[1:])
+    def to_noised(self, x):
+        """Of x b t .., the same for every copy, what meets the frames to be denoised: b 1 t .."""
+        return x[:, None]
 
     def noised_only(self, x):
         """(b s t) c .. -> (b r t) c .."""
@@ -240,9 +240,9 @@ class CausalConv(MPWeight):
         weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
         y = F.conv2d(seq.going_on(x), weight[0], padding=1)
         if self.kernel > 1:
-            past = seq.to_copies(self.past(seq.unfold(x), weight[1:], seq))
-            past = seq.noised(past) if seq.last else past
-            y = fold(y.movedim(1, -1).unflatten(0, past.shape[:3]) + past)
+            past = self.past(seq.unfold(x), weight[1:], seq)
+            past = seq.to_noised(past) if seq.last else past[:, None]                    # the same for every copy
+            y = fold(y.movedim(1, -1).unflatten(0, (len(past), -1, past.shape[2])) + past)
             scale = fold(seq.unfold(scale) * self.table(x, seq))
         return y * seq.going_on(scale)[..., None, None]
 
@@ -255,22 +255,23 @@ class CausalConv(MPWeight):
     def past(self, x, weight, seq):
         """What the clean frames before each frame add to it: x b s t h w c_in -> b t h w c_out."""
         if seq.cache is None:                               # the last clean frame has no later frame
-            return self.spread(x[:, 0, :-1], weight)[:, :seq.frames]
+            return self.spread(x.flatten(1, 2)[:, :seq.frames - 1], weight, seq.frames)
         carry = seq.cache.of(self, (len(x), len(weight), *x.shape[3:5], weight.shape[1]), x)
         if not seq.commit:
             return carry[:, :1]
-        total = self.spread(x[:, 0], weight)
+        total = self.spread(x[:, 0], weight, self.kernel)
         total[:, :-1] += carry
         carry.copy_(total[:, 1:])
         return total[:, :1]
 
-    def spread(self, clean, weight):
-        """Contributions of n clean frames to themselves (none) and the k - 1 frames after: b (n + k - 1) h w c."""
-        b, n, k = *clean.shape[:2], self.kernel
+    def spread(self, clean, weight, length):
+        """Contributions of n clean frames to the `length` frames from the first one on: b length h w c."""
+        b, n = clean.shape[:2]
         frames = clean.flatten(0, 1).movedim(-1, 1)
         parts = F.conv2d(frames, weight.flatten(0, 1), padding=weight.shape[-1] // 2)                    # (j o) i ..
-        parts = rearrange(parts, "(b t) (j o) h w -> j b t h w o", b=b, t=n, j=k - 1)
-        return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, k - 1 - j)) for j, part in enumerate(parts, start=1))
+        parts = rearrange(parts, "(b t) (j o) h w -> j b t h w o", b=b, t=n, j=len(weight))
+        parts = zip(range(1, length + 1), parts)            # those farther off would reach none of them
+        return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, length - n - j)) for j, part in parts)
 
 
 def past_skip_gain(positions, kernel, dtype):
@@ -293,8 +294,7 @@ class PastSkip(CausalConv):
         """x: (b s t) c h w -> (b r t) c h w of the frames to be denoised."""
         x, gain = seq.unfold(x), seq.of_positions(past_skip_gain, x.device, self.kernel, x.dtype)
         past = self.past(x, self.scaled(x.dtype, 0.5 ** 0.5), seq)
-        x, past, gain = map(seq.noised, (x, seq.to_copies(past), seq.to_copies(gain[None])))
-        return fold(torch.addcmul(past, x, gain))
+        return fold(torch.addcmul(seq.to_noised(past), seq.noised(x), seq.to_noised(gain[None])))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -34,6 +34,9 @@ class OneCopyOfLast(OneCopy):
     def noised(self, x):
         return x[:, :, -1:]
 
+    def to_noised(self, x):
+        return x[:, None, -1:]
+
 
 class Ours(Denoiser):
     told, past_sigma = (0.0,), 0.0                          # noise levels that the past can be told to have; the chosen
