@@ -390,15 +390,18 @@ def read_film(path):
                                                 f"{av.__version__}: pip install -U av", Unusable)
     with av.open(str(path)) as film:
         require(film.streams.video, f"{path} has no video", Unusable)
+        stretch = film.streams.video[0].sample_aspect_ratio or 1        # and turned, as players show it
         for frame in film.decode(video=0):
-            yield frame.time, np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)      # as players show it
+            picture = frame.to_ndarray(format="rgb24", width=round(frame.width * stretch), height=frame.height)
+            yield frame.time, np.rot90(picture, frame.rotation // 90)
 
 
 def pictures_in(folder):
     """Its pictures, 2.png before 10.png."""
     def numbers(path):
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-    return sorted((path for path in folder.iterdir() if path.suffix.lower() in PICTURES), key=numbers)
+    return sorted((path for path in folder.iterdir() if path.suffix.lower() in PICTURES and path.name[0] != "."),
+                  key=numbers)
 
 
 def decode(path):
@@ -423,7 +426,8 @@ def fit(frame, shape, letterbox=False):
     resized. A latent c h w has the shape already, or is Unusable."""
     if frame.dtype != np.uint8:
         require(frame.shape == tuple(shape), f"a latent of {frame.shape}, expected {tuple(shape)}", Unusable)
-        return frame.astype(np.float16)
+        with np.errstate(over="ignore"):                    # what becomes infinite, `write_frames` refuses
+            return frame.astype(np.float16)
     picture = Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame).convert("L" if shape[0] == 1 else "RGB")
     picture = (ImageOps.pad if letterbox else ImageOps.fit)(picture, shape[:0:-1], Image.Resampling.BILINEAR)
     return rearrange(np.atleast_3d(np.asarray(picture)), "h w c -> c h w")
@@ -431,16 +435,18 @@ def fit(frame, shape, letterbox=False):
 
 def at_rate(timed, fps):
     """Of (seconds, item) pairs, the item that is on at each tick of a clock of `fps` ticks a second that starts with
-    the first one; every item if fps is 0, or if they have no times."""
+    the first one, or comes on right after it: files round times, GIFs to hundredths. Every item if fps is 0, or if they
+    have no times."""
     on, began, ticks = None, None, 0
     for seconds, item in timed:
         if not fps or seconds is None:
             yield item
             continue
         began = seconds if began is None else began
-        due = math.ceil((seconds - began - 1e-4) * fps)     # ticks before it; clocks are rounded
+        now = (seconds - began) * fps
+        due = math.ceil(now - 0.15)                         # ticks before it
         yield from itertools.repeat(on, due - ticks)
-        on, ticks, last_tick = item, max(due, ticks), (seconds - began + 1e-4) * fps
+        on, ticks, last_tick = item, max(due, ticks), now + 0.15
     if began is not None and ticks <= last_tick:
         yield on
 
@@ -473,7 +479,12 @@ def with_actions(timed, path):
 # which is written last: what has one is whole. meta.json, made of them at the end, is all that training looks up.
 
 TWO_FILES = "prepare two files or more, as one is held out; one long film can be cut in two"
-MADE_WITH = ("env", "size", "channels", "fps", "letterbox", "max_frames", "min_frames", "seed")     # the same for all
+
+
+def made_with(cfg):
+    """The settings that are the same for all clips of a set."""
+    names = ("env", "size", "channels", "fps", "letterbox", "max_frames", "min_frames", "seed")
+    return {name: getattr(cfg, name) for name in names}
 
 
 def find_sources(folder):
@@ -481,7 +492,8 @@ def find_sources(folder):
     found = set()
     for where, folders, files in os.walk(folder, onerror=lambda error: print(f"left out: {error}", flush=True)):
         where = Path(where).relative_to(folder)
-        for path in (where / name for name in (*folders, *files)):
+        folders[:] = [name for name in folders if name[0] != "."]       # hidden ones are none of the user's
+        for path in (where / name for name in (*folders, *files) if name[0] != "."):
             if path.suffix.lower() in PICTURES:
                 found.add(where)
             elif path.suffix.lower() in (".gif", *ARRAYS, *FILMS) and not path.name.endswith(".actions.npy"):
@@ -492,23 +504,32 @@ def find_sources(folder):
 
 
 def play_episode(cfg, number):
-    """(frame h w c, action) of an episode of a gymnasium environment under random actions, the first of them zeros."""
+    """(frame h w c, action) of an episode of a gymnasium environment under random actions, the first of them zeros;
+    discrete ones count from 0."""
     import gymnasium
     seed = int(np.random.SeedSequence((cfg.seed, number)).generate_state(1)[0])
+
+    def picture():
+        frame = env.render()
+        found = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
+        require(re.fullmatch(r"uint8 \(\d+, \d+, 3\)", found), f"--env={cfg.env}: its picture is {found}, expected "
+                                                               "uint8 h w 3")
+        return frame
     try:
         with contextlib.closing(gymnasium.make(cfg.env, render_mode="rgb_array")) as env:
             env.reset(seed=seed)
             env.action_space.seed(seed)
             require(isinstance(env.action_space, gymnasium.spaces.Discrete) or len(env.action_space.shape or ()) == 1,
                     f"--env={cfg.env}: actions {env.action_space}; only Discrete and flat Box ones can be recorded")
-            yield env.render(), np.zeros_like(env.action_space.sample())
+            first = getattr(env.action_space, "start", 0)
+            yield picture(), np.zeros_like(env.action_space.sample())
             for _ in range(cfg.max_frames - 1):
                 action = env.action_space.sample()
                 _, _, terminated, truncated, _ = env.step(action)
-                yield env.render(), action
+                yield picture(), action - first
                 if terminated or truncated:
                     break
-    except gymnasium.error.Error as error:
+    except (gymnasium.error.Error, ImportError, AssertionError) as error:
         raise UserError(f"--env={cfg.env}: {error}") from error
 
 
@@ -522,7 +543,7 @@ def write_frames(path, name, pairs, cfg):
             frame = fit(frame, size, cfg.letterbox)
             shape = shape or frame.shape
             require(frame.shape == shape and np.isfinite(frame).all(), f"{name}: frame {len(actions) + 1} is "
-                    f"{frame.shape} after {shape}, or not finite", Unusable)
+                    f"{frame.shape} after {shape}, or not finite in float16", Unusable)
             file.write(frame.tobytes())
             actions.append(action)
             total = total + np.array(moments(frame[None]))
@@ -553,7 +574,8 @@ def prepare_source(cfg, name):
     raw, record_file, actions_file = (stored(cfg.out, name, suffix) for suffix in (".raw", ".json", ".actions.npy"))
     path = Path(cfg.src, name).absolute()
     sources = [*(pictures_in(path) if path.is_dir() else [path]), actions_beside(path)] if cfg.src else []
-    made_of = [[file.stat().st_size, file.stat().st_mtime_ns] for file in sources if file.exists()]
+    made_of = [made_with(cfg), *([str(file), file.stat().st_size, file.stat().st_mtime_ns]
+                                 for file in sources if file.exists())]
     if record_file.exists() and read_json(record_file)["made_of"] == made_of and raw.exists():
         return None
     try:
@@ -580,15 +602,17 @@ def read_meta(folder):
     return meta
 
 
-def held_out(names, share):
-    """At least one of the names, never all: those whose hash is low, so that a set which grows keeps its split."""
+def held_out(names, share, before):
+    """At least one of the names, never all: those whose hash is low. What a set that grows held out `before` stays so,
+    and what it trained on too."""
     draw = {name: int(hashlib.md5(os.fsencode(name), usedforsecurity=False).hexdigest(), 16) / 2 ** 128
             for name in names}
-    count = max(1, sum(drawn < share for drawn in draw.values()))
-    return sorted(names, key=draw.get)[:min(count, len(names) - 1)]
+    held, trained = ({clip[0] for clip in before[split]} for split in ("val", "train"))
+    count = max(1, len(held & draw.keys()), sum(drawn < share for name, drawn in draw.items() if name not in trained))
+    return sorted(names, key=lambda name: (name not in held, name in trained, draw[name]))[:min(count, len(names) - 1)]
 
 
-def combine(records, share, left_out):
+def combine(records, share, left_out, before):
     """What training looks up, out of the records of all clips of the kind that most are of."""
     kinds = {record["name"]: (record["dtype"], *record["shape"]) for record in records}
     kind, count = collections.Counter(kinds.values()).most_common(1)[0]
@@ -598,11 +622,13 @@ def combine(records, share, left_out):
         print(f"left out: {reason}", flush=True)
     left_out, records = left_out | unlike, [record for record in records if record["name"] not in unlike]
     acted = [record for record in records if record["action_dim"]]
-    require(len({"discrete" if record["discrete"] else record["action_dim"] for record in acted}) < 2,
-            "some clips have discrete actions and others vectors, or vectors of several lengths")
+    kinds = {"discrete actions" if record["discrete"] else f"vectors of {record['action_dim']}": record["name"]
+             for record in acted}
+    require(len(kinds) < 2, "actions are of different kinds: "
+                            f"{', '.join(f'{name} has {kind}' for kind, name in kinds.items())}: take some out")
     frames = np.array([record["frames"] for record in records])
     mean, square = (frames @ np.array([record[key] for record in records]) / frames.sum() for key in ("mean", "square"))
-    val = set(held_out([record["name"] for record in records], share))
+    val = set(held_out([record["name"] for record in records], share, before))
     clips = [(record["name"], record["frames"], bool(record["action_dim"])) for record in records]
     return dict(statistics(mean, square), dtype=kind[0], shape=kind[1:], left_out=left_out,
                 action_dim=max((record["action_dim"] for record in acted), default=0),
@@ -622,13 +648,13 @@ def check_prepare(cfg):
     require(not cfg.src or os.path.isdir(cfg.src), f"--src={cfg.src}: there is no such folder")
     require(not cfg.env or importlib.util.find_spec("gymnasium"),
             f"--env={cfg.env}: gymnasium, which runs environments, is not installed: pip install gymnasium")
-    meta, made_with = Path(cfg.out, "meta.json"), {name: getattr(cfg, name) for name in MADE_WITH}
+    meta, wanted = Path(cfg.out, "meta.json"), made_with(cfg)
     before = read_meta(cfg.out)["made_with"] if meta.exists() else {}
-    changed = [f"{name} was {old}, now {made_with[name]}" for name, old in before.items() if made_with[name] != old]
-    if not any(Path(cfg.out).glob("clips/**/*.json")):      # nothing was prepared with them
+    changed = [f"{name} was {old}, now {wanted[name]}" for name, old in before.items() if wanted[name] != old]
+    if not (before and any(Path(cfg.out).glob("clips/**/*.json"))):     # nothing was prepared with them
         changed = []
         with replacing(meta) as temporary:
-            temporary.write_text(json.dumps(dict(made_with=made_with, train=[], val=[])))
+            temporary.write_text(json.dumps(dict(made_with=wanted, train=[], val=[])))
     require(not changed, f"{cfg.out} was prepared with other settings ({'; '.join(changed)}): choose another --out")
 
 
@@ -657,7 +683,9 @@ def prepare(cfg):
     check_prepare(cfg)
     folder = Path(cfg.out)
     names = [f"{number:06d}" for number in range(cfg.episodes)] if cfg.env else find_sources(cfg.src)
-    require(names, f"--src={cfg.src}: no film, GIF, array or picture is in there")
+    require(names, f"--src={cfg.src}: no file in there ends in {', '.join((*FILMS, '.gif', *ARRAYS, *PICTURES))}")
+    for left_behind in folder.glob("clips/**/.*.raw.*"):    # by a process that was killed
+        left_behind.unlink()
     if cfg.fps and (timeless := [name for name in names if not name.lower().endswith((".gif", *FILMS))]):
         print(f"{len(timeless)} sources have no clock: all their frames are kept, whatever fps", flush=True)
     left_out = in_processes(cfg, names)
@@ -667,11 +695,12 @@ def prepare(cfg):
         print(f"{len(gone)} clips of before, such as {gone[0]}, are no longer there: left out", flush=True)
     records = [record for record in records if record["name"] not in {*gone, *left_out}]
     require(records, f"nothing in {cfg.src or cfg.env} was usable")
-    meta = read_json(folder / "meta.json") | combine(records, cfg.val_share, left_out)
+    before = read_json(folder / "meta.json")
+    meta = before | combine(records, cfg.val_share, left_out, before)
     if cfg.env and meta["discrete"]:                        # some actions may never have been drawn
         import gymnasium
         with contextlib.closing(gymnasium.make(cfg.env)) as env:
-            meta["action_dim"] = int(env.action_space.start + env.action_space.n)
+            meta["action_dim"] = int(env.action_space.n)
     with replacing(folder / "meta.json") as temporary:
         temporary.write_text(json.dumps(meta, indent=1))
     for split in ("train", "val"):
@@ -696,6 +725,7 @@ class VideoClips:
         self.meta, self.folder, self.cfg, self.frames = read_meta(folder), folder, cfg, cfg.frames
         self.span, self.flip = (cfg.frames - 1) * cfg.stride + 1, cfg.flip and split == "train"
         at_least(cfg, 1, "frames", "stride")
+        require("shape" in self.meta, f"data_dir={folder} was not prepared to the end: run `python data.py` again")
         require(self.meta[split], f"data_dir={folder} has no {split} clips: {TWO_FILES}")
         self.clips = [clip for clip in self.meta[split] if clip[1] >= self.span]
         require(self.clips, f"data_dir={folder}: none of its {len(self.meta[split])} {split} clips has the {self.span} "

@@ -603,7 +603,11 @@ def read_prompt(path, count, samples, shape, latent):
     _, height, width = shape
     if not latent and frames[0].shape[:2] != (height, width):
         print(f"{path}: {frames[0].shape[1]} x {frames[0].shape[0]} pixels, cropped and resized to {width} x {height}")
-    clip = torch.from_numpy(np.stack([fit(frame, shape) for frame in frames]))
+    try:
+        clip = torch.from_numpy(np.stack([fit(frame, shape) for frame in frames]))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    require(clip.isfinite().all(), f"{path} holds latents that are not finite in float16")
     return clip.expand(samples, *clip.shape)
 
 

@@ -382,6 +382,16 @@ def test_a_browser_plays(playing, browser, tmp_path):
     assert ended.code == 0 and "ended" in ended.out and "Traceback" not in ended.err
 
 
+@pytest.mark.parametrize("latents, named", [
+    (np.zeros((3, 4, 8, 6), np.float32), r"own\.npy: a latent of \(4, 8, 6\), expected \(4, 8, 8\)"),
+    (np.full((3, 4, 8, 8), 1e5, np.float32), r"own\.npy holds latents that are not finite in float16"),
+])
+def test_latents_that_a_model_cannot_go_on_from_are_named(tmp_path, latents, named):
+    np.save(tmp_path / "own.npy", latents)
+    with pytest.raises(UserError, match=named):
+        sample.read_prompt(tmp_path / "own.npy", 2, 1, (4, 8, 8), latent=True)
+
+
 def test_nothing_is_played_without_data_or_from_a_prompt():
     cfg = SimpleNamespace(**plain_settings(vars(sample)) | {"play": True, "prompt": "a.gif"})
     with pytest.raises(UserError, match="--truth and --play need clips of the data"):

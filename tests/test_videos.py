@@ -133,6 +133,14 @@ def test_frame_rates_are_converted_by_the_clock(fps, expected):
     assert list(data.at_rate(zip(later, range(5)), fps)) == expected
 
 
+@pytest.mark.parametrize("digits", [2, 3], ids=["GIF", "Matroska"])
+@pytest.mark.parametrize("rate", [12, 15, 24, 30000 / 1001, 30])
+def test_clocks_that_count_hundredths_or_thousandths_lose_no_frame(rate, digits):
+    times = [round(7.25 + i / rate, digits) for i in range(200)]
+    assert list(data.at_rate(zip(times, range(200)), rate)) == list(range(200))
+    assert list(data.at_rate(zip(times, range(200)), rate / 3)) == list(range(0, 200, 3))
+
+
 def test_frames_without_a_clock_are_all_kept(here, capsys):
     assert list(data.at_rate([(None, 1), (None, 2)], 10)) == [1, 2]
     np.save(here / "src" / "a.npy", numbered(7))
@@ -193,6 +201,16 @@ def test_films_and_photographs_are_shown_upright(here):
         frame = shapes[name].astype(int)
         assert frame.shape == (32, 16, 3)
         assert abs(frame[:12].mean() - first) < 12 and abs(frame[20:].mean() - last) < 12
+
+
+def test_pixels_of_a_film_that_are_no_squares_become_squares(here):
+    av = pytest.importorskip("av")
+    with av.open(str(here / "src" / "wide.mp4"), "w") as film:
+        stream = film.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.sample_aspect_ratio = 32, 32, "yuv420p", 2
+        film.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8))))
+        film.mux(stream.encode())
+    assert next(data.decode(here / "src" / "wide.mp4"))[1].shape == (32, 64, 3)
 
 
 def test_pictures_of_more_than_eight_bits_are_named(here):
@@ -276,9 +294,20 @@ def test_no_file_is_in_both_splits_and_a_set_that_grows_keeps_its_split(here):
     assert {clip[0] for clip in before["val"]} <= {clip[0] for clip in after["val"]}
 
 
+@pytest.mark.parametrize("share", [1e-9, 0.3, 0.6])
+def test_what_was_held_out_stays_so_and_what_was_trained_on_too(here, share):
+    trained, held = set(), set()
+    for i in range(16):
+        np.save(here / "src" / f"{i}.npy", numbered(3))
+        if i % 2:
+            meta = prepare(here, val_share=share)
+            trained, held = trained | {clip[0] for clip in meta["train"]}, held | {clip[0] for clip in meta["val"]}
+    assert len(trained) + len(held) == 16 and len(held) == len(meta["val"])
+
+
 @pytest.mark.parametrize("names, share", [(["a", "b"], 1e-9), (["a", "b"], 0.999999), ("abcdefgh", 1e-9)])
 def test_some_are_held_out_and_some_are_not(names, share):
-    assert 0 < len(data.held_out(names, share)) < len(names)
+    assert 0 < len(data.held_out(names, share, {"train": [], "val": []})) < len(names)
 
 
 def test_a_single_source_leaves_nothing_to_hold_out_and_is_said_to(here, capsys):
@@ -408,6 +437,7 @@ BAD = {
     "two.npy": (lambda path: np.save(path, np.zeros((3, 8, 8, 2), np.uint8)), r"two.npy holds uint8 \(3, 8, 8, 2\)"),
     "real.npy": (lambda path: np.save(path, np.zeros((4, 9, 9, 3))), r"real.npy holds float64 \(4, 9, 9, 3\)"),
     "nan.npy": (lambda path: np.save(path, np.full((3, 4, 8, 8), np.nan, np.float32)), "frame 1 .* not finite"),
+    "huge.npy": (lambda path: np.save(path, np.full((3, 4, 8, 8), 1e5, np.float32)), "not finite in float16"),
     "long.npy": (of_actions(np.arange(6)), "long.actions.npy has 6 actions for 5 frames"),
     "short.npy": (of_actions(np.arange(4)), "short.actions.npy has 4 actions, and short.npy has more frames"),
     "grid.npy": (of_actions(np.zeros((5, 2, 2))), r"grid.actions.npy holds float64 \(5, 2, 2\)"),
@@ -501,14 +531,34 @@ def test_discrete_and_continuous_actions_do_not_mix(here, length):
     np.save(here / "src" / "a.actions.npy", np.arange(3))
     np.save(here / "src" / "b.npy", numbered(3))
     np.save(here / "src" / "b.actions.npy", np.zeros((3, length)))
-    with pytest.raises(UserError, match="discrete actions and others vectors"):
+    with pytest.raises(UserError, match="a.npy has discrete actions, b.npy has vectors of"):
         prepare(here)
+
+
+def test_clips_whose_actions_are_of_different_kinds_are_named(here):
+    for name, length in (("a", 2), ("b", 2), ("c", 3)):
+        np.save(here / "src" / f"{name}.npy", numbered(3))
+        np.save(here / "src" / f"{name}.actions.npy", np.zeros((3, length)))
+    with pytest.raises(UserError, match=r"b\.npy has vectors of 2, c\.npy has vectors of 3"):
+        prepare(here)
+
+
+def test_hidden_files_and_folders_are_none_of_the_sources(here):
+    for path in ("a.npy", "b.npy", ".c.npy", ".hidden/d.npy"):
+        (here / "src" / path).parent.mkdir(exist_ok=True)
+        np.save(here / "src" / path, numbered(3))
+    (here / "src" / "walk").mkdir()
+    for i in range(3):
+        Image.fromarray(numbered(3)[i]).save(here / "src" / "walk" / f"{i}.png")
+    (here / "src" / "walk" / "._1.png").write_bytes(b"what a Mac leaves beside a file")
+    meta = prepare(here)
+    assert sorted(clip[0] for clip in meta["train"] + meta["val"]) == ["a.npy", "b.npy", "walk"]
 
 
 @pytest.mark.parametrize("changes, named", [
     (dict(src="nowhere"), "no such folder"), (dict(size=0), "size=0"), (dict(channels=2), "--channels=2"),
     (dict(env="CartPole-v1"), "not both"), (dict(val_share=1.0), "--val_share"), (dict(fps=-1.0), "fps=-1"),
-    (dict(), "no film, GIF, array or picture"),
+    (dict(), "no file in there ends in .*.mp4"),
 ])
 def test_settings_that_cannot_work_are_named(here, changes, named):
     with pytest.raises(UserError, match=named):
@@ -539,6 +589,27 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(prepared, monkeypatc
     assert made == ["2.npy.raw"] and ["2.npy", 30, True] in meta["train"] + meta["val"]
 
 
+def test_a_set_whose_table_was_lost_is_made_of_what_is_there_and_only_of_that(prepared):
+    before = json.loads((prepared / "meta.json").read_text())
+    (prepared / "meta.json").write_text("{")
+    with pytest.raises(UserError, match="meta.json cannot be read .* delete it, and prepare the clips again"):
+        prepare(prepared.parent)
+    (prepared / "meta.json").unlink()
+    assert prepare(prepared.parent) == before
+    (prepared / "meta.json").unlink()
+    assert prepare(prepared.parent, size=4)["shape"] == [3, 4, 4]       # and not some of 8 x 8
+
+
+def test_sources_of_another_folder_are_not_taken_for_those_that_are_there(here):
+    for folder, brightness in (("src", 10), ("other", 200)):
+        (here / folder).mkdir(exist_ok=True)
+        for i in range(2):
+            np.save(here / folder / f"{i}.npy", np.full((3, 8, 8, 3), brightness, np.uint8))
+            os.utime(here / folder / f"{i}.npy", (10 ** 9, 10 ** 9))
+        data.prepare(settings(src=str(here / folder), out=str(here / "out")))
+        assert (stored(here / "out", "0.npy") == brightness).all()
+
+
 def test_a_source_that_was_moved_or_spoilt_is_not_in_the_set_as_it_was(here, capsys):
     """Moved, its old clip beside the new one could be on the other side of the split."""
     for i in range(4):
@@ -565,7 +636,7 @@ def test_a_folder_of_pictures_is_read_again_when_one_of_them_changed(here):
 
 
 def test_a_first_call_in_vain_does_not_settle_the_settings(here):
-    with pytest.raises(UserError, match="no film"):
+    with pytest.raises(UserError, match="no file in there"):
         prepare(here, size=16)
     np.save(here / "src" / "a.npy", numbered(3))
     assert prepare(here, size=8)["shape"] == [3, 8, 8]
@@ -600,10 +671,12 @@ def test_an_interrupted_source_is_not_believed(here, monkeypatch):
         patch.setattr(data, "write_actions", dies)                      # after the frames, before the record
         with pytest.raises(KeyboardInterrupt):
             prepare(here)
-    with pytest.raises(UserError, match="no train clips"):
+    with pytest.raises(UserError, match="not prepared to the end"):
         source(here / "out")
+    (here / "out" / "clips" / ".b.npy.raw.123").write_bytes(b"what a process that was killed leaves behind")
     meta = prepare(here)
     assert len(meta["train"]) == len(meta["val"]) == 1
+    assert not list((here / "out" / "clips").glob(".*"))
 
 
 def test_the_given_frames_do_not_depend_on_what_is_asked_of_a_rollout(prepared):
@@ -706,6 +779,50 @@ def test_an_unknown_environment_is_named(here):
     pytest.importorskip("gymnasium")
     with pytest.raises(UserError, match="--env=NoSuchGame-v1"):
         record(here, env="NoSuchGame-v1")
+
+
+def game(gymnasium, actions, picture):
+    """A registered environment whose every picture is the given one."""
+    class Game(gymnasium.Env):
+        metadata, action_space = {"render_modes": ["rgb_array"]}, actions
+        observation_space = gymnasium.spaces.Discrete(1)
+
+        def __init__(self, render_mode=None):
+            self.render_mode = render_mode
+
+        def reset(self, **_):
+            return 0, {}
+
+        def step(self, action):
+            return 0, 0.0, False, False, {}
+
+        def render(self):
+            return picture
+    gymnasium.register("Game-v0", Game)
+    return "Game-v0"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_actions_that_do_not_count_from_zero_do_so_when_recorded(here):
+    gymnasium = pytest.importorskip("gymnasium")
+    env = game(gymnasium, gymnasium.spaces.Discrete(3, start=-1), np.zeros((8, 8, 3), np.uint8))
+    assert record(here, env=env, max_frames=30)["action_dim"] == 3
+    actions = np.load(here / "game" / "clips" / "000000.actions.npy")
+    assert actions[0] == 0 and set(actions) == {0, 1, 2}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("picture", [None, np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.float32)])
+def test_an_environment_without_pictures_is_named(here, picture):
+    gymnasium = pytest.importorskip("gymnasium")
+    with pytest.raises(UserError, match="--env=Game-v0: its picture is .*, expected uint8 h w 3"):
+        record(here, env=game(gymnasium, gymnasium.spaces.Discrete(3), picture))
+
+
+def test_an_environment_of_a_package_that_is_not_there_is_named(here):
+    pytest.importorskip("gymnasium")
+    with pytest.raises(UserError, match="--env=nowhere:Game-v0: No module named 'nowhere'"):
+        record(here, env="nowhere:Game-v0")
 
 
 def test_from_a_folder_of_films_to_a_rollout_in_three_commands(tmp_path):
