@@ -782,9 +782,11 @@ def moments(frames):
 
 
 def statistics(mean, square):
-    """dict(mean, std), each a list of c floats. A channel that never changes gets std 1, and so comes back exactly."""
+    """dict(mean, std), each a list of c floats. A channel that never changes is given a small std, as what a network
+    makes of it is multiplied with it."""
     variance = square - mean ** 2
-    return dict(mean=mean.tolist(), std=np.where(variance < 1e-9, 1, variance.clip(1e-9) ** 0.5).tolist())
+    std = np.where(variance > 1e-9 * square, variance, 0) ** 0.5        # what is less is rounding
+    return dict(mean=mean.tolist(), std=std.clip(std.max() / 100 or 1).tolist())
 
 
 def measure(source, clips=256):

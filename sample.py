@@ -36,7 +36,7 @@ from data import decode, fit, load_batch, open_source, replacing, to_network, to
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make
-out = "rollout.gif"         # .gif, .mp4, .webm, .png (a row per sample), .npy (uint8 n t h w c); .pt: weights, to share
+out = "rollout.gif"         # .gif, .mp4, .webm, .png (a row per sample), .npy (an array); .pt: weights, to share
 precision = "bfloat16"      # of the weights in a .pt file: bfloat16 or float32
 checkpoint = ""             # file to sample from; empty: the newest checkpoint.pt under out/
 frames = 24                 # frames per sample, the given ones included
@@ -213,6 +213,8 @@ def reconstruct_ema(folder, state, width):
     require(len(snapshots) > 1, f"--ema={width} is rebuilt from the snapshots ema-*.pt beside the checkpoint; {folder} "
                                 "has none of before it: use a width that the run tracked, or 0 for raw weights")
     amounts, missed = reconstruction([p[0] for p in parts], [p[1] for p in parts], state["step"], width)
+    require(missed < 0.05, f"--ema={width:g}: {missed:.0%} of it are out of reach of the snapshots beside the "
+            f"checkpoint: give one about as wide as {' or '.join(map(str, state['ema']))}, or 0 for raw weights")
     print(f"width {width:g} is rebuilt from {len(snapshots)} snapshots; {missed:.1%} of it is out of their reach")
     return {name: sum(float(a) * tensors[name].float() for a, (_, _, tensors) in zip(amounts, parts, strict=True))
             for name in parts[0][2]}
@@ -256,6 +258,8 @@ def load_model(path, width, device):
     state = load_file(path, WEIGHT_KEYS)
     model = Denoiser(ModelConfig(**state["model_config"]))
     weights = state["model"]
+    require("ema" in state or width in (ema, state["ema_width"]),
+            f"--ema={width:g}: {path} holds one set of weights alone, averaged over {state.get('ema_width')}")
     if width and "ema" in state:
         weights = weights | (state["ema"].get(width) or reconstruct_ema(Path(path).parent, state, width))
     model.load_state_dict(weights)
@@ -315,7 +319,9 @@ def tiled(frames, given, scale):
 
 
 def write_array(file, frames, given, scale, fps):
-    np.save(file, rearrange(list(frames), "t n c h w -> n t h w c"))
+    """Pixels n t h w c, latents n t c h w: as they are given, each."""
+    frames = np.stack(list(frames), axis=1)
+    np.save(file, np.moveaxis(frames, 2, -1) if frames.dtype == np.uint8 else frames)
 
 
 def write_sheet(file, frames, given, scale, fps):
@@ -463,7 +469,7 @@ class Game:
         self.model, self.source, self.stats, self.cfg, self.settings = model, source, stats, cfg, settings
         require(not stats.get("latent"), "--play shows pictures, and this model makes latents")
         self.device, self.lock = device, threading.Lock()
-        self.player, self.seen, self.number = None, -math.inf, cfg.first_clip
+        self.player, self.seen, self.number = secrets.token_urlsafe(), -math.inf, cfg.first_clip
         self.restart()
 
     def restart(self):
@@ -597,6 +603,7 @@ def serve(game, port):
 def read_prompt(path, count, samples, shape, latent):
     """The first `count` frames of a file, in the model's shape, for every sample: b t c h w, uint8 or latents."""
     frames = [frame for _, frame in itertools.islice(decode(path), count)]
+    require(frames, f"{path} has no frames")
     require(len(frames) == count, f"{path} has {len(frames)} frames: give --context={len(frames)} or less")
     require((frames[0].dtype != np.uint8) == latent, f"{path} holds {frames[0].dtype}, and this model was trained on "
                                                      f"{'latents, floats' if latent else 'pixels, uint8'}")

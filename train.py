@@ -371,9 +371,10 @@ def finite(value):
 
 def read_log(path):
     """The entries of a log, if there is one, without lines that were cut off."""
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)
+            if isinstance(entry := json.loads(line), dict):
+                yield entry
 
 
 def draw_log(folder):
@@ -482,6 +483,8 @@ class Run:
     def resume(self, path):
         """Goes on from the checkpoint at `path`, if there is one, or from the one before if that cannot be read."""
         if not path.exists() and not previous(path).exists():
+            for left in sorted(self.folder.glob("ema-*.pt")):
+                raise UserError(f"{self.folder} holds snapshots, {left.name} for one, of another run: move them away")
             return
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"             # then the run is its own
         require(restarted or self.cfg.init_from != "scratch", f"{path} holds a run already, which init_from=scratch "
@@ -498,7 +501,7 @@ class Run:
         old, new = state["settings"], vars(self.cfg)
         changed = [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
                    if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
-        moved = str(Path(new["data_dir"])).join(state["origin"].rsplit(str(Path(old["data_dir"])), 1))
+        moved = f" {Path(new['data_dir'])}".join(state["origin"].rsplit(f" {Path(old['data_dir'])}", 1))
         if moved != self.source.origin:                     # not only moved
             changed.append(f"the data were {state['origin']}, now {self.source.origin}")
         require(not changed or self.cfg.init_from == "changed",

@@ -173,7 +173,12 @@ def test_other_hosts_and_origins_are_refused(game, server, headers):
     for method, path in (("GET", "/"), ("GET", "/gif"), ("POST", "/")):
         answer = ask(server, method, path, b"{}" if method == "POST" else None, **headers)
         assert answer.code == 403 and b"only pages of http://127.0.0.1" in answer.body
-    assert game.player is None
+    assert game.seen < 0                                    # nobody has played
+
+
+def test_without_a_player_nobody_may_play(server):
+    assert ask(server, "POST", body={"do": "restart", "player": None}).code == 409
+    assert ask(server, "POST", body={"do": "restart"}).code == 409
 
 
 def test_a_second_player_gets_a_page_and_takes_over_when_the_first_has_gone(game, server, monkeypatch):

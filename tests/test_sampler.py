@@ -543,6 +543,15 @@ def assert_close_colour(pixels, colour):
     assert np.abs(pixels.astype(int) - colour).max() <= 24, pixels
 
 
+@pytest.mark.parametrize("kind, expected", [(np.uint8, (3, 5, 6, 8, 3)), (np.float16, (3, 5, 3, 6, 8))])
+def test_an_array_is_laid_out_as_given_ones_are(tmp_path, videos, kind, expected):
+    """So that it can be a prompt: pixels t h w c, latents t c h w."""
+    write(tmp_path / "a.npy", videos.astype(kind))
+    made = np.load(tmp_path / "a.npy")
+    assert made.shape == expected and made.dtype == kind
+    assert np.array_equal(made if kind == np.float16 else made.transpose(0, 1, 4, 2, 3), videos)
+
+
 def test_a_gif_has_the_frames_side_by_side_at_its_speed_with_the_given_ones_marked(tmp_path, videos):
     write(tmp_path / "a.gif", videos // 128 * 255, given=2, scale=4, fps=5)
     pictures = pictures_of(tmp_path / "a.gif")

@@ -457,6 +457,23 @@ def test_a_width_is_rebuilt_from_the_checkpoint_of_a_stopped_run_too(tiny, tmp_p
         assert (rebuilt[name] - average).norm() < 0.1 * average.norm(), name
 
 
+def test_a_width_that_snapshots_cannot_give_is_refused(tiny, tmp_path):
+    """The last steps' weights, which a narrow one is made of, are in no snapshot."""
+    train.main(tiny(max_steps=40, checkpoint_interval=10))
+    state = load(tmp_path / "run")
+    sample.reconstruct_ema(tmp_path / "run", state, 0.07)
+    with pytest.raises(UserError, match=r"ema=0.01: \d+% of it are out of reach .* as wide as 0.05 or 0.1, or 0"):
+        sample.reconstruct_ema(tmp_path / "run", state, 0.01)
+
+
+def test_snapshots_of_another_run_are_not_mixed_in(tiny, tmp_path):
+    train.main(tiny(max_steps=2, checkpoint_interval=1))
+    for path in (tmp_path / "run").glob("checkpoint*.pt"):
+        path.unlink()
+    with pytest.raises(UserError, match="holds snapshots, ema-00000001.pt for one, of another run: move them away"):
+        train.main(tiny(max_steps=2))
+
+
 def test_the_averaged_model_is_on_the_sphere_and_another_one(tiny):
     model, _, _ = build(tiny(), awake=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -818,7 +835,9 @@ def test_a_log_cut_off_in_the_middle_of_a_line_does_not_stop_a_run_from_going_on
         stop_at(patch, 2, signal.SIGTERM)
         train.main(tiny(max_steps=4))
     with open(tmp_path / "run" / "log.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
+        file.write('{"step": 4, "lo\n5\n')
+    with open(tmp_path / "run" / "log.jsonl", "ab") as file:
+        file.write(b"\xff\n")
     train.main(tiny(max_steps=4))
     assert [entry["step"] for entry in read_log(tmp_path / "run")] == [0, 1, 2, 3, 4]
 
@@ -945,7 +964,8 @@ def test_a_run_does_not_go_on_with_other_data_unasked(half_done, digits, tmp_pat
     """Digits that were held out would be trained on, and those trained on be held out; a copy elsewhere is the same."""
     folder, cfg = half_done
     monkeypatch.chdir(tmp_path)
-    for place in ("MNIST", f"{tmp_path / 'moved'}/"):       # the first is a word of what the data are said to be, too
+    # the first is a word of what the data are said to be, too, and the second is in the name of a file
+    for place in ("MNIST", "idx3", f"{tmp_path / 'moved'}/"):
         shutil.copytree(digits, place)
         cfg.data_dir, cfg.max_steps, cfg.init_from = place, cfg.max_steps + 1, "changed"
         train.main(cfg)

@@ -276,6 +276,20 @@ def test_latents_stay_as_they_are(here):
     assert again.dtype == torch.float16 and np.abs(again.numpy() - latents).max() < 0.02
 
 
+@pytest.mark.parametrize("scale", [1, 0.005, 200])
+def test_the_scale_of_latents_does_not_matter_and_a_channel_that_never_changes_is_not_blown_up(here, scale):
+    latents = scale * np.random.default_rng(0).normal(0.5, 1, (2, 9, 4, 8, 8))
+    latents[:, :, 3] = scale / 2
+    for i in range(2):
+        np.save(here / "src" / f"{i}.npy", latents[i].astype(np.float32))
+    prepare(here)
+    stats = data.measure(source(here / "out"))
+    x = data.to_network(torch.from_numpy(latents.astype(np.float16)), stats, 0.5)
+    assert np.allclose(x.std((0, 1, 3, 4)), [0.5, 0.5, 0.5, 0], atol=1e-2)
+    made = data.to_pixels(x + 0.05, stats, 0.5).float().numpy()         # as a network makes it, a little off
+    assert np.allclose((made - latents).mean((0, 1, 3, 4)) / scale, [0.1, 0.1, 0.1, 0], atol=1e-2)
+
+
 # ------------------------------------------------------------------------------------------------
 # The split.
 
