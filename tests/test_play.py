@@ -390,6 +390,7 @@ def test_a_browser_plays(playing, browser, tmp_path):
 @pytest.mark.parametrize("latents, named", [
     (np.zeros((3, 4, 8, 6), np.float32), r"own\.npy: a latent of \(4, 8, 6\), expected \(4, 8, 8\)"),
     (np.full((3, 4, 8, 8), 1e5, np.float32), r"own\.npy holds latents that are not finite in float16"),
+    (np.zeros((0, 4, 8, 8), np.float32), r"own\.npy has no frames"),
 ])
 def test_latents_that_a_model_cannot_go_on_from_are_named(tmp_path, latents, named):
     np.save(tmp_path / "own.npy", latents)
