@@ -206,7 +206,7 @@ class Sequence:
         return x[:, int(self.cache is None or self.commit):]
 
     def to_noised(self, x):
-        """Of x b t .., the same for every copy, what meets the frames to be denoised: b 1 t .."""
+        """Of x b t .., the same for every copy, what meets the frames that `noised` chooses: b 1 t .."""
         return x[:, None]
 
     def noised_only(self, x):

@@ -324,6 +324,12 @@ def test_some_are_held_out_and_some_are_not(names, share):
     assert 0 < len(data.held_out(names, share, {"train": [], "val": []})) < len(names)
 
 
+def test_of_new_ones_alone_more_are_held_out_however_many_are_asked_for():
+    before = {"train": [[name, 3, False] for name in "abcd"], "val": [["e", 3, False]]}
+    assert set(data.held_out("abcdefgh", 0.999999, before)) == set("efgh")
+    assert data.held_out("abcdefgh", 1e-9, before) == ["e"]
+
+
 def test_a_single_source_leaves_nothing_to_hold_out_and_is_said_to(here, capsys):
     np.save(here / "src" / "a.npy", numbered(9))
     prepare(here)
