@@ -2,10 +2,11 @@
 
     python tests/compare.py --plot=compare.png                                      # sample efficiency, on digits
     python tests/compare.py --gflop=43200 --drift_frames=1000 --plot=drift.png      # ... and long rollouts
+    python tests/compare.py --minutes=10 --out=out/ten                              # ... for as long each
     python tests/compare.py config/memory.py --regimes=ours,stack4 --gflop=40000    # memory, in a world
     python tests/compare.py --protocol --checkpoint=out/two/checkpoint.pt           # Moving MNIST, 10 frames given 10
 
-The yardstick is `gflop`, the counted operations of a training run; seconds are recorded too. Every regime is then asked
+The yardstick is `gflop`, the counted operations of a training run, or with --minutes=10 its time. Every regime is then asked
 for the same: frames denoised given their clean past, and the continuation of given frames. Context noise is 0 for all
 but "ours_noise": stacking could not be told of it.
 An entry that is finished is a file in `out`, and is not done again.
@@ -49,6 +50,7 @@ from model import ModelConfig
 data_dir = ""                   # folder of the MNIST files; empty: data/mnist, or of the checkpoint's run
 regimes = ("ours", "ours_noise", "ours4", "last", "stack1", "stack4", "whole", "independent")      # any of these
 gflop = 10800.0                 # counted operations of each training run, 1e9; about 600 steps of ours
+minutes = 0.0                   # instead: time of each training run, by the speed of its first steps; 0: by gflop
 shorter = (0.5, 0.25, 0.125)    # shares of it that ours is trained for too, its learning rate decaying in time
 points = 6                      # evaluations per run, each at twice the compute of the one before
 drift_frames = 0                # of digits: frames of a long rollout of each held-out clip; 0: none
@@ -90,17 +92,35 @@ def train_step(model, optimizer, batch, step, stats, cfg):
     train.optimizer_step(model, optimizer, step - 1, cfg)   # its gradient norm waits for the GPU
 
 
+def start(name, cfg, source, device):
+    """A network of the regime, its weights a function of the seed, and its optimizer."""
+    torch.manual_seed(cfg.seed)
+    model = build(name, cfg, source).to(device)
+    model.dtype = sample.compute_dtype(device)
+    return model, train.make_optimizer(model, cfg)
+
+
+def seconds_of_a_step(name, cfg, source, stats, device, steps=12):
+    """The median of a network's first steps, which is not trained on."""
+    model, optimizer = start(name, cfg, source, device)
+    cfg, times = SimpleNamespace(**vars(cfg) | {"max_steps": steps}), []
+    with Batches(source, cfg.batch_size, device) as batches:
+        for step in range(1, steps + 1):
+            began = time.perf_counter()
+            train_step(model, optimizer, next(batches), step, stats, cfg)
+            times.append(time.perf_counter() - began)
+    return float(np.median(times))
+
+
 def train_entry(name, cfg, device):
-    """{curve: [an evaluation each], ..}, trained for cfg.gflop."""
+    """{curve: [an evaluation each], ..}, trained for cfg.gflop or cfg.minutes."""
     title, _, changes = REGIMES[name]
     cfg = SimpleNamespace(**vars(cfg) | changes(cfg))
     source, held_out = open_source(cfg, "train"), open_source(cfg, "val")
     stats, step_gflop = measure(source), clip_flops(name, cfg, source) * cfg.batch_size / 1e9
-    cfg.max_steps = max(1, round(cfg.gflop / step_gflop))
-    torch.manual_seed(cfg.seed)
-    model = build(name, cfg, source).to(device)
-    model.dtype = sample.compute_dtype(device)
-    optimizer = train.make_optimizer(model, cfg)
+    cfg.max_steps = max(1, round(60 * cfg.minutes / seconds_of_a_step(name, cfg, source, stats, device)
+                                 if cfg.minutes else cfg.gflop / step_gflop))
+    model, optimizer = start(name, cfg, source, device)
     ema, seconds, curve = train.PowerEMA(model, cfg.ema_widths[:1]), 0.0, []
     (average,) = ema.averages.values()
     supervised = cfg.batch_size * cfg.noised_copies * (1 if name == "last" else source.frames)
@@ -122,7 +142,7 @@ def train_entry(name, cfg, device):
         {"rollout": rollout_error(averaged, held_out, stats, cfg, device)}
     if cfg.drift_frames and name != "whole":                # a whole clip cannot become longer
         final["drift"] = long_rollouts(averaged, stats, cfg, device)
-    return {"regime": name, "title": title, "budget": cfg.gflop, "batch_size": cfg.batch_size, "lr": cfg.lr,
+    return {"regime": name, "title": title, "batch_size": cfg.batch_size, "lr": cfg.lr,
             "sigmas": list(cfg.eval_sigmas), "origin": source.origin, "curve": curve, **final}
 
 
@@ -175,8 +195,8 @@ def long_rollouts(model, stats, cfg, device):
     return drift.measure(rolled_out(model, truth.to(device), cfg.drift_frames, stats, cfg), truth, labels, net)
 
 
-def compute_to_reach(error, curves):
-    """GFLOP at which the first of the curves, of (GFLOP, error) each, comes down to the error, between points by a
+def cost_to_reach(error, curves):
+    """The cost at which the first of the curves, of (cost, error) each, comes down to the error, between points by a
     straight line in logarithms; inf: none does. The second value: it was there at its first point already."""
     reached = [(math.inf, False)]
     for curve in curves:
@@ -191,11 +211,13 @@ def compute_to_reach(error, curves):
 
 
 def efficiency_tables(entries):
-    """What each regime ended at, and how much of its compute ours needed to be there; rows, headers first."""
+    """What each regime ended at, and how much of its compute, or time if that was the budget, ours needed to be there;
+    rows, headers first."""
+    cost, named = ("seconds", "time") if entries[0]["settings"]["minutes"] else ("gflop", "compute")
     sigmas, ours = entries[0]["sigmas"], [entry["curve"] for entry in entries if entry["regime"] == "ours"]
     ends = [["regime", "clips/step", "steps", "frames supervised", "GFLOP", "minutes",
              *(f"{sigma:g}" for sigma in sigmas), "mean", "rollout"]]
-    needs = [["compute of ours to be there", *ends[0][6:-1]]]
+    needs = [[f"{named} of ours to be there", *ends[0][6:-1]]]
     for entry in entries:
         title, end = entry["title"], entry["curve"][-1]
         ends.append([title, entry["batch_size"], end["step"], end["supervised_frames"], f"{end['gflop']:.0f}",
@@ -204,7 +226,7 @@ def efficiency_tables(entries):
         if "own_way" in end:
             ends.append([f"{title}, all frames at one level", *[""] * 5, *figures(with_mean(end["own_way"])), ""])
         if entry["regime"] != "ours":
-            needs.append([title, *(share_needed(end, ours, column) for column in range(len(sigmas) + 1))])
+            needs.append([title, *(share_needed(end, ours, column, cost) for column in range(len(sigmas) + 1))])
     return [ends, needs] if ours else [ends]
 
 
@@ -212,11 +234,11 @@ def with_mean(errors):
     return [*errors, mean_error(errors)]
 
 
-def share_needed(end, ours, column):
-    """The share of a run's compute at which ours came down to the error, in `column`, that the run ended at."""
-    curves = [[(point["gflop"], with_mean(point["error"])[column]) for point in curve] for curve in ours]
-    gflop, at_first = compute_to_reach(with_mean(end["error"])[column], curves)
-    return "not reached" if gflop == math.inf else f"{'< ' if at_first else ''}{gflop / end['gflop']:.2f}"
+def share_needed(end, ours, column, cost):
+    """The share of a run's cost at which ours came down to the error, in `column`, that the run ended at."""
+    curves = [[(point[cost], with_mean(point["error"])[column]) for point in curve] for curve in ours]
+    spent, at_first = cost_to_reach(with_mean(end["error"])[column], curves)
+    return "not reached" if spent == math.inf else f"{'< ' if at_first else ''}{spent / end[cost]:.2f}"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -439,9 +461,10 @@ def draw(path, entries):
 
 def finished_entry(name, cfg, device):
     """From its file, or trained now."""
-    path = Path(cfg.out, f"{cfg.dataset}-{name}-{cfg.gflop:g}.json")
+    budget = f"{cfg.minutes:g}min" if cfg.minutes else f"{cfg.gflop:g}"
+    path = Path(cfg.out, f"{cfg.dataset}-{name}-{budget}.json")
     free = train.FREE_TO_CHANGE - {"eval_clips", "eval_context"} | {"max_steps"}         # which `gflop` replaces
-    names = {*plain_settings(DEFAULTS), "points", "drift_frames", "memory_frames"} - free
+    names = {*plain_settings(DEFAULTS), "minutes", "points", "drift_frames", "memory_frames"} - free
     asked = {name: getattr(cfg, name) for name in sorted(names)}
     if not path.exists():
         result = train.finite(train_entry(name, cfg, device) | {"settings": asked})
@@ -458,13 +481,15 @@ def main(cfg):
     if cfg.protocol:
         return evaluate_protocol(cfg, device)
     cfg.data_dir = cfg.data_dir or train.data_dir
+    require(cfg.minutes >= 0 and cfg.gflop > 0, f"--minutes={cfg.minutes} --gflop={cfg.gflop}: above 0, or minutes 0")
     require(set(cfg.regimes) <= set(REGIMES), f"--regimes={','.join(cfg.regimes)}: choose from {', '.join(REGIMES)}")
     if cfg.drift_frames:
         drift.check_judged(cfg, "this run trains on")
     entries = [finished_entry(name, cfg, device) for name in cfg.regimes]
     if "ours" in cfg.regimes and cfg.dataset == "digits":
         for share in cfg.shorter:
-            entry = finished_entry("ours", SimpleNamespace(**vars(cfg) | {"gflop": share * cfg.gflop}), device)
+            budget = {"gflop": share * cfg.gflop, "minutes": share * cfg.minutes}
+            entry = finished_entry("ours", SimpleNamespace(**vars(cfg) | budget), device)
             entries.append(entry | {"title": f"{entry['title']}, {share:g} of the compute"})
     for rows in (memory_tables if cfg.dataset == "world" else efficiency_tables)(entries):
         print_markdown(rows)

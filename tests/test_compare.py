@@ -1,5 +1,6 @@
 """The older regimes pass what their names say, and the comparison measures what its tables say."""
 
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -256,12 +257,12 @@ def test_the_picture_of_memory_shows_errors_alone():
     assert [max(line.get_ydata()) for line in axis.lines] == [1.5, 1.1, 0.2] and axis.get_ylim()[1] < 2
 
 
-def test_compute_to_reach_an_error_lies_on_the_line_between_two_points():
+def test_cost_to_reach_an_error_lies_on_the_line_between_two_points():
     curve = [(1, 0.8), (4, 0.4), (16, 0.1)]
-    assert compare.compute_to_reach(0.2, [curve]) == (pytest.approx(8), False)
-    assert compare.compute_to_reach(0.9, [curve]) == (1, True)
-    assert compare.compute_to_reach(0.05, [curve]) == (math.inf, False)
-    assert compare.compute_to_reach(0.2, [curve, [(2, 0.1)]])[0] == 2
+    assert compare.cost_to_reach(0.2, [curve]) == (pytest.approx(8), False)
+    assert compare.cost_to_reach(0.9, [curve]) == (1, True)
+    assert compare.cost_to_reach(0.05, [curve]) == (math.inf, False)
+    assert compare.cost_to_reach(0.2, [curve, [(2, 0.1)]])[0] == 2
 
 
 # ------------------------------------------------------------------------------------------------
@@ -323,6 +324,19 @@ def test_entries_that_were_evaluated_in_another_way_are_refused(cfg, monkeypatch
     assert compare.finished_entry("ours", cfg, torch.device("cpu"))["title"] == "made before"
     with pytest.raises(UserError, match=f"{next(iter(changes))}.*--out"):
         compare.finished_entry("ours", SimpleNamespace(**vars(cfg) | changes), torch.device("cpu"))
+
+
+def test_minutes_make_as_many_steps_as_their_first_ones_let_expect(cfg, monkeypatch, capsys):
+    """On a clock that gains half a second each time somebody looks, which is twice a step."""
+    ticks = itertools.count()
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(ticks) / 2)
+    cfg.minutes, cfg.regimes, cfg.shorter = 4 / 60, ("ours", "last"), (0.5,)
+    compare.main(cfg)
+    entries = {path.stem: json.loads(path.read_text()) for path in compare.Path(cfg.out).iterdir()}
+    steps = {name: entry["curve"][-1]["step"] for name, entry in entries.items()}
+    assert steps == {"digits-ours-0.0666667min": 8, "digits-last-0.0666667min": 8, "digits-ours-0.0333333min": 4}
+    assert "time of ours to be there" in capsys.readouterr().out
+    assert {entry["curve"][-1]["seconds"] for entry in entries.values()} == {4, 2}
 
 
 def test_finished_entries_are_kept_and_other_settings_refused(cfg, monkeypatch, capsys):
