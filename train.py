@@ -201,25 +201,30 @@ def loss_of(model, clips, actions, noise, cfg):
 # ---------------------------------------------------------------------------------------------------
 # The optimizer, its learning rate, averaged weights.
 
-def orthogonal(x):
-    """U V^T of matrices U S V^T, .. m n: every singular value brought to 0.7 to 1.2, large or small, by five steps of
-    a Newton-Schulz iteration with Jordan's coefficients (Jordan et al. 2024, Muon). Step k multiplies by a polynomial
-    of x x^T, so the steps are multiplied up first, in m m, and meet the longer side once."""
-    if x.shape[-2] > x.shape[-1]:
-        return orthogonal(x.mT).mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-20)
-    square, identity = x @ x.mT, torch.eye(x.shape[-2], device=x.device)
-    product = identity
+def matrix(weight):
+    """c_out, all else; a vector is one row."""
+    return weight.flatten(1) if weight.ndim > 1 else weight[None]
+
+
+def orthogonal(matrices):
+    """U V^T of each matrix U S V^T, all with equally many places on their shorter side: every singular value brought to
+    0.7 to 1.2, large or small, by five steps of a Newton-Schulz iteration with Jordan's coefficients (Jordan et al.
+    2024, Muon). Step k multiplies by a polynomial of x x^T, so the steps are multiplied up first, for all matrices
+    together, and meet the longer sides once."""
+    wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
+    wide = torch._foreach_div(wide, torch._foreach_add(torch._foreach_norm(wide), 1e-20))
+    square = torch.stack([x @ x.mT for x in wide])
+    product = identity = torch.eye(square.shape[-1], device=square.device).expand_as(square)
     for _ in range(5):
-        factor = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
+        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315).add_(identity, alpha=3.4445)
         square, product = factor @ square @ factor, factor @ product
-    return product @ x
+    moves = [steps @ x for steps, x in zip(product, wide, strict=True)]
+    return [move if move.shape == x.shape else move.mT for move, x in zip(moves, matrices, strict=True)]
 
 
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalised momentum of each weight matrix (c_out, all else), scaled to root mean square lr:
-    directions that gradients seldom point in are learnt as fast as the rest (Jordan et al. 2024). A vector is a
-    matrix of one row."""
+    directions that gradients seldom point in are learnt as fast as the rest (Jordan et al. 2024)."""
 
     def __init__(self, parameters, lr=0.0, momentum=0.95):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
@@ -227,20 +232,17 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        alike = collections.defaultdict(list)               # shape -> parameters and matrices, orthogonalised together
+        alike = collections.defaultdict(list)               # shorter side -> parameters and what to orthogonalise
         for p in group["params"]:
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-            average = state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            average = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
             ahead = torch.lerp(p.grad, average, group["momentum"])                       # Nesterov's
-            shape = (len(p), p.shape[1:].numel()) if p.ndim > 1 else (1, len(p))
-            alike[shape].append((p, ahead))
-        for shape, pairs in alike.items():                  # sharded ones are gathered one group at a time
-            matrices = [(x.full_tensor() if isinstance(x, DTensor) else x).view(shape) for _, x in pairs]
-            moves = orthogonal(torch.stack(matrices)) * max(shape) ** 0.5
-            for (p, _), move in zip(pairs, moves, strict=True):
-                p.sub_(like(p, move.view(p.shape)), alpha=group["lr"])
+            alike[min(matrix(p).shape)].append((p, ahead))
+        for pairs in alike.values():                        # sharded ones are gathered one group at a time
+            ahead = [matrix(x.full_tensor() if isinstance(x, DTensor) else x) for _, x in pairs]
+            for (p, _), move in zip(pairs, orthogonal(ahead), strict=True):
+                p.sub_(like(p, move.reshape(p.shape)), alpha=group["lr"] * max(move.shape) ** 0.5)
 
 
 def make_optimizer(model, cfg):
