@@ -6,9 +6,9 @@
     python tests/compare.py config/memory.py --regimes=ours,stack4 --gflop=40000    # memory, in a world
     python tests/compare.py --protocol --checkpoint=out/two/checkpoint.pt           # Moving MNIST, 10 frames given 10
 
-The yardstick is `gflop`, the counted operations of a training run, or with --minutes=10 its time. Every regime is then asked
-for the same: frames denoised given their clean past, and the continuation of given frames. Context noise is 0 for all
-but "ours_noise": stacking could not be told of it.
+The yardstick is `gflop`, the counted operations of a training run, or with --minutes=10 its time. Every regime is then
+asked for the same: frames denoised given their clean past, and the continuation of given frames. Context noise is 0 for
+all but "ours_noise": stacking could not be told of it.
 An entry that is finished is a file in `out`, and is not done again.
 """
 import importlib.util
