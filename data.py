@@ -59,6 +59,17 @@ class Unusable(UserError):
 
 
 @contextlib.contextmanager
+def telling(message, *kinds, become=UserError):
+    """A block whose errors of some kinds become another, which says `message` of the first line of what they say."""
+    try:
+        yield
+    except UserError:                                       # it says already what is wrong
+        raise
+    except kinds as error:
+        raise become(message((str(error) or type(error).__name__).splitlines()[0])) from error
+
+
+@contextlib.contextmanager
 def replacing(path, keep=None):
     """A temporary path beside `path`, moved there if the block ends well and removed if not: a file of that name
     is always whole, also after a power cut. The file that was there moves to `keep`. UserError if it cannot be done."""
@@ -90,15 +101,13 @@ MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.go
 
 def read_idx(path):
     """The uint8 (n, h, w) of an images file, gzipped or not: int32 (2051, n, h, w), big-endian, then the pixels."""
-    try:
-        raw = path.read_bytes()
+    fix = f"delete it, and `python data.py --data_dir={path.parent}` downloads it again"
+    with telling(lambda error: f"{path} cannot be used: {error}; {fix}", OSError, EOFError, zlib.error, ValueError):
+        raw = path.read_bytes()                             # the first three are gzip's
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         magic, n, h, w = np.frombuffer(raw, ">i4", count=4).tolist()    # a ValueError if there are not so many
         if magic != 2051 or min(n, h, w) < 1 or len(raw) != 16 + n * h * w:
             raise ValueError(f"no whole MNIST images file, with {len(raw)} bytes from {raw[:16]!r} on")
-    except (OSError, EOFError, zlib.error, ValueError) as error:        # the first three are gzip's
-        fix = f"delete it, and `python data.py --data_dir={path.parent}` downloads it again"
-        raise UserError(f"{path} cannot be used: {error}; {fix}") from error
     return np.frombuffer(raw, np.uint8, offset=16).reshape(n, h, w)
 
 
@@ -346,15 +355,9 @@ class CanvasWorld:
 PICTURES, ARRAYS, FILMS = (".png", ".jpg", ".jpeg"), (".npy", ".npz"), (".mp4", ".mov", ".avi", ".mkv", ".webm")
 
 
-@contextlib.contextmanager
 def reading(path):
     """Each decoder has its own ways to fail on a damaged file: all become Unusable, and name it."""
-    try:
-        yield
-    except Unusable:
-        raise
-    except Exception as error:
-        raise Unusable(f"{path} cannot be read: {error}") from error
+    return telling(lambda error: f"{path} cannot be read: {error}", Exception, become=Unusable)
 
 
 def read_array(path):
@@ -423,9 +426,8 @@ def decode(path):
 
 def fit(frame, shape, letterbox=False):
     """A uint8 frame h w c in `shape` (c, h, w): its centre cropped to the proportions, or with black bars, then
-    resized. A latent c h w has the shape already, or is Unusable."""
+    resized. A latent c h w stays in its own."""
     if frame.dtype != np.uint8:
-        require(frame.shape == tuple(shape), f"a latent of {frame.shape}, expected {tuple(shape)}", Unusable)
         with np.errstate(over="ignore"):                    # what becomes infinite, `write_frames` refuses
             return frame.astype(np.float16)
     picture = Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame).convert("L" if shape[0] == 1 else "RGB")
@@ -508,29 +510,24 @@ def play_episode(cfg, number):
     discrete ones count from 0."""
     import gymnasium
     seed = int(np.random.SeedSequence((cfg.seed, number)).generate_state(1)[0])
-
-    def picture():
-        frame = env.render()
-        found = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
-        require(re.fullmatch(r"uint8 \(\d+, \d+, 3\)", found), f"--env={cfg.env}: its picture is {found}, expected "
-                                                               "uint8 h w 3")
-        return frame
-    try:
+    with telling(lambda error: f"--env={cfg.env}: {error}", gymnasium.error.Error, ImportError, AssertionError):
         with contextlib.closing(gymnasium.make(cfg.env, render_mode="rgb_array")) as env:
             env.reset(seed=seed)
             env.action_space.seed(seed)
             require(isinstance(env.action_space, gymnasium.spaces.Discrete) or len(env.action_space.shape or ()) == 1,
                     f"--env={cfg.env}: actions {env.action_space}; only Discrete and flat Box ones can be recorded")
-            first = getattr(env.action_space, "start", 0)
-            yield picture(), np.zeros_like(env.action_space.sample())
-            for _ in range(cfg.max_frames - 1):
+            first, action, over = getattr(env.action_space, "start", 0), np.zeros_like(env.action_space.sample()), False
+            for _ in range(cfg.max_frames):
+                frame = env.render()
+                found = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
+                require(re.fullmatch(r"uint8 \(\d+, \d+, 3\)", found),
+                        f"--env={cfg.env}: its picture is {found}, expected uint8 h w 3")
+                yield frame, action
+                if over:
+                    break
                 action = env.action_space.sample()
                 _, _, terminated, truncated, _ = env.step(action)
-                yield picture(), action - first
-                if terminated or truncated:
-                    break
-    except (gymnasium.error.Error, ImportError, AssertionError) as error:
-        raise UserError(f"--env={cfg.env}: {error}") from error
+                action, over = action - first, terminated or truncated
 
 
 def write_frames(path, name, pairs, cfg):
@@ -539,8 +536,7 @@ def write_frames(path, name, pairs, cfg):
     actions, shape, total = [], None, 0
     with replacing(path) as temporary, open(temporary, "wb") as file:
         for frame, action in pairs:
-            size = (cfg.channels, cfg.size, cfg.size) if frame.dtype == np.uint8 else frame.shape
-            frame = fit(frame, size, cfg.letterbox)
+            frame = fit(frame, (cfg.channels, cfg.size, cfg.size), cfg.letterbox)
             shape = shape or frame.shape
             require(frame.shape == shape and np.isfinite(frame).all(), f"{name}: frame {len(actions) + 1} is "
                     f"{frame.shape} after {shape}, or not finite in float16", Unusable)
@@ -589,10 +585,9 @@ def prepare_source(cfg, name):
 
 
 def read_json(path):
-    try:
+    fix = "delete it, and prepare the clips again"
+    with telling(lambda error: f"{path} cannot be read ({error}): {fix}", OSError, ValueError):
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): delete it, and prepare the clips again") from error
 
 
 def read_meta(folder):
@@ -688,14 +683,11 @@ def prepare(cfg):
         left_behind.unlink()
     if cfg.fps and (timeless := [name for name in names if not name.lower().endswith((".gif", *FILMS))]):
         print(f"{len(timeless)} sources have no clock: all their frames are kept, whatever fps", flush=True)
-    left_out = in_processes(cfg, names)
-    records = [read_json(path) for path in sorted(folder.glob("clips/**/*.json"))]
-    gone = [record["name"] for record in records if record["name"] not in names]
-    if gone:
+    left_out, before = in_processes(cfg, names), read_json(folder / "meta.json")
+    if gone := [name for name, *_ in (*before["train"], *before["val"]) if name not in names]:
         print(f"{len(gone)} clips of before, such as {gone[0]}, are no longer there: left out", flush=True)
-    records = [record for record in records if record["name"] not in {*gone, *left_out}]
+    records = [read_json(stored(folder, name, ".json")) for name in names if name not in left_out]
     require(records, f"nothing in {cfg.src or cfg.env} was usable")
-    before = read_json(folder / "meta.json")
     meta = before | combine(records, cfg.val_share, left_out, before)
     if cfg.env and meta["discrete"]:                        # some actions may never have been drawn
         import gymnasium

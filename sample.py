@@ -32,7 +32,7 @@ from PIL import GifImagePlugin, Image
 from tqdm import tqdm
 
 from config import UserError, at_least, one_of, require, run
-from data import decode, fit, load_batch, open_source, replacing, to_network, to_pixels
+from data import decode, fit, load_batch, open_source, replacing, telling, to_network, to_pixels
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make
@@ -163,11 +163,9 @@ def compiled(method, graphs=True):
 
     def call(x, sigma, cache, actions=None):
         if cache in seen and x.shape[1] == 1:
-            try:
+            with telling(lambda error: f"--compile failed (on a CPU it needs a C++ compiler): {error}",
+                         torch._dynamo.exc.BackendCompilerFailed):
                 result = graph(x, sigma, cache, actions)
-            except torch._dynamo.exc.BackendCompilerFailed as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"--compile failed (on a CPU it needs a C++ compiler): {reason}") from error
             return result if result is None else result.clone()      # the graph's next run overwrites its own
         result = method(x, sigma, cache, actions)
         seen.add(cache)
@@ -230,16 +228,13 @@ CHECKPOINT_KEYS = (*WEIGHT_KEYS, "origin", "optimizer", "ema", "recent")
 
 def load_file(path, keys):
     """A dict of tensors and plain values that has `keys`; whatever is wrong with the file is one line naming it."""
-    try:
+    require(os.path.exists(path), f"there is no checkpoint {path}")
+    with telling(lambda error: f"{path} cannot be read ({error}): it is damaged, or no checkpoint of this program",
+                 Exception):
         with zipfile.ZipFile(path) as file:                 # torch writes checksums, and does not look at them
             if damaged := file.testzip():
                 raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}): it is damaged, or no checkpoint of this program") from error
     state = state if isinstance(state, dict) else {}
     version, missing = state.get("version", VERSION), set(keys) - set(state)
     require(version == VERSION, f"{path} is of version {version} of checkpoints; this program reads {VERSION}")
@@ -278,10 +273,8 @@ def save_weights(path, model, state, width, dtype):
 def pick_device(name):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with telling(lambda error: f"device {name!r} cannot be used: {error}", RuntimeError, AssertionError):
         return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def compute_dtype(device):
@@ -459,7 +452,7 @@ BUSY = """<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" conten
 
 
 class Refused(Exception):
-    """Of a request that is not answered: the HTTP status, why, and what kind of text that is."""
+    """Of a request that is not answered: (HTTP status, why)."""
 
 
 class Game:
@@ -483,13 +476,13 @@ class Game:
         self.last = collections.deque(shown, maxlen=300)    # frames that a GIF shows
 
     def page(self):
-        """The page, for a new player."""
+        """(HTTP status, the page for a new player)."""
         if time.monotonic() - self.seen < 5:
-            raise Refused(409, BUSY, "text/html")
+            return 409, BUSY.encode()
         self.player, self.seen = secrets.token_urlsafe(), time.monotonic()
         game = {"player": self.player, "fps": self.cfg.fps, "actions": 0, "sliders": 0,
                 "sliders" if self.continuous else "actions": self.model.cfg.action_dim}
-        return PAGE.replace("GAME", json.dumps(game)).encode()
+        return 200, PAGE.replace("GAME", json.dumps(game)).encode()
 
     def read_action(self, action):
         """The tensor b 1 (..) of what a page sent."""
@@ -503,30 +496,27 @@ class Game:
         else:
             expected = f"a whole number from 0 to {count - 1}"
             fits = type(action) is int and 0 <= action < count
-        if not fits:
-            raise Refused(400, f"action {action!r}: expected {expected}", "text/plain")
+        require(fits, (400, f"action {action!r}: expected {expected}"), Refused)
         return torch.tensor([[action]], dtype=torch.float32 if self.continuous else torch.long, device=self.device)
 
     def play(self, request):
         """(the newest frame as a PNG, its number in words)."""
-        if request.get("do") not in ("frame", "restart"):
-            raise Refused(400, "expected {player, do: frame or restart, action}", "text/plain")
-        if request.get("player") != self.player:
-            raise Refused(409, "another page has taken over", "text/plain")
-        if request["do"] == "restart":
+        do, known = request.get("do"), request.get("player") == self.player
+        require(do in ("frame", "restart"), (400, "expected {player, do: frame or restart, action}"), Refused)
+        require(known, (409, "another page has taken over"), Refused)
+        if do == "restart":
             self.restart()
         else:
             frame = self.rollout.advance(self.read_action(request.get("action")))
             self.last.append(to_pixels(frame, self.stats, self.model.cfg.sigma_data).cpu().numpy())
         self.seen = time.monotonic()                        # now, as a first frame may take a minute to compile
-        picture = io.BytesIO()
-        Image.fromarray(next(tiled([self.last[-1]], 0, self.cfg.scale))).save(picture, format="png")
-        return picture.getvalue(), f"frame {self.rollout.cache.position}"
+        return self.encoded(write_sheet, [self.last[-1]]), f"frame {self.rollout.cache.position}"
 
-    def gif(self):
-        picture = io.BytesIO()
-        write_gif(picture, list(self.last), 0, self.cfg.scale, self.cfg.fps)
-        return picture.getvalue()
+    def encoded(self, write, frames):
+        """The bytes of a file of those frames, by one of the writers."""
+        file = io.BytesIO()
+        write(file, frames, 0, self.cfg.scale, self.cfg.fps)
+        return file.getvalue()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -534,21 +524,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     timeout = 5                                             # seconds for a request to arrive
 
     def do_GET(self):
-        game, frame, status = self.server.game, "", 200
+        game, frame, status, kind = self.server.game, "", 200, "text/plain"
         try:
             request = self.read_request()
             with game.lock:
                 if request is not None:
                     kind, (body, frame) = "image/png", game.play(request)
                 elif self.path == "/gif":
-                    kind, body = "image/gif", game.gif()
+                    kind, body = "image/gif", game.encoded(write_gif, game.last)
                 else:
-                    kind, body = "text/html", game.page()
-        except Refused as refused:
-            status, text, kind = refused.args
-            body = text.encode()
-        except UserError as error:
-            status, body, kind = 500, str(error).encode(), "text/plain"
+                    kind, (status, body) = "text/html", game.page()
+        except (Refused, UserError) as error:
+            status, reason = error.args[0] if isinstance(error, Refused) else (500, str(error))
+            body = reason.encode()
         self.send_response(status)
         for name, value in (("Content-Type", kind), ("Content-Length", len(body)), ("Cache-Control", "no-store"),
                             ("X-Content-Type-Options", "nosniff"), ("X-Frame", frame)):
@@ -564,19 +552,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
         hosts += ["127.0.0.1", "localhost"] * (self.server.server_port == 80)            # where browsers leave it out
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
-        if host not in hosts or origin not in (None, f"http://{host}"):
-            raise Refused(403, f"only pages of http://{hosts[0]} are answered", "text/plain")
-        if self.path not in ("/", "/gif"):
-            raise Refused(404, "there is / and /gif", "text/plain")
+        own = host in hosts and origin in (None, f"http://{host}")
+        require(own, (403, f"only pages of http://{hosts[0]} are answered"), Refused)
+        require(self.path in ("/", "/gif"), (404, "there is / and /gif"), Refused)
         if self.command == "GET":
             return None
         size = self.headers.get("Content-Length", "")
-        if not (size.isascii() and size.isdecimal() and int(size) <= 4096):
-            raise Refused(413, "expected up to 4096 bytes of JSON", "text/plain")
-        try:
+        short = size.isascii() and size.isdecimal() and int(size) <= 4096
+        require(short, (413, "expected up to 4096 bytes of JSON"), Refused)
+        with telling(lambda error: (400, f"no JSON object: {error}"), ValueError, TypeError, RecursionError,
+                     become=Refused):
             return dict(json.loads(self.rfile.read(int(size))))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise Refused(400, f"no JSON object: {error}", "text/plain") from None
 
     def log_message(self, *_):
         pass
@@ -584,10 +570,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def serve(game, port):
     """Serves the game to this machine's browser until Ctrl-C."""
-    try:
+    with telling(lambda error: f"--port={port} cannot be used ({error}): give another one, or 0 for any", OSError,
+                 OverflowError):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--port={port} cannot be used ({error}): give another one, or 0 for any") from None
     server.game, server.daemon_threads = game, False        # what was asked is answered, not cut off in torch
     url = f"http://127.0.0.1:{server.server_port}"
     print(f"play at {url}; Ctrl-C ends", flush=True)
@@ -607,13 +592,11 @@ def read_prompt(path, count, samples, shape, latent):
     require(len(frames) == count, f"{path} has {len(frames)} frames: give --context={len(frames)} or less")
     require((frames[0].dtype != np.uint8) == latent, f"{path} holds {frames[0].dtype}, and this model was trained on "
                                                      f"{'latents, floats' if latent else 'pixels, uint8'}")
+    require(not latent or frames[0].shape == shape, f"{path}: a latent of {frames[0].shape}, expected {shape}")
     _, height, width = shape
     if not latent and frames[0].shape[:2] != (height, width):
         print(f"{path}: {frames[0].shape[1]} x {frames[0].shape[0]} pixels, cropped and resized to {width} x {height}")
-    try:
-        clip = torch.from_numpy(np.stack([fit(frame, shape) for frame in frames]))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    clip = torch.from_numpy(np.stack([fit(frame, shape) for frame in frames]))
     require(clip.isfinite().all(), f"{path} holds latents that are not finite in float16")
     return clip.expand(samples, *clip.shape)
 
@@ -622,11 +605,10 @@ def read_actions(text, frames, samples, action_dim, discrete=None):
     """The action of every frame, from a .npy file or as in 0,2,1, for every sample: b t whole numbers or b t a;
     discrete: which of them the model was trained on, if that is known."""
     require(action_dim, f"--actions={text}: this model was trained without actions")
-    try:
+    with telling(lambda error: f"--actions={text}: expected whole numbers, as in 0,2,1, or a .npy file ({error})",
+                 OSError, ValueError, EOFError, OverflowError, AttributeError, KeyError):
         array = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array(text.split(","), int)
         given = {"i": True, "u": True, "f": False}[array.dtype.kind]
-    except (OSError, ValueError, EOFError, OverflowError, AttributeError, KeyError) as error:
-        raise UserError(f"--actions={text}: expected whole numbers, as in 0,2,1, or a .npy file ({error})") from None
     require(discrete in (None, given), f"--actions={text}: {array.dtype}; this model was trained on "
                                        f"{'vectors of floats' if given else 'whole numbers'}")
     expected = (frames,) if given else (frames, action_dim)
