@@ -35,7 +35,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from tqdm import tqdm
 
-from config import UserError, at_least, one_of, require, run
+from config import UserError, all_finite, at_least, one_of, require, run
 
 # -- preparing clips
 src = ""                    # folder of films, GIFs, arrays and folders of pictures
@@ -634,7 +634,7 @@ def combine(records, share, left_out, before):
 def check_prepare(cfg):
     """UserError for settings that cannot work, and for a folder prepared with others."""
     require(not (cfg.src and cfg.env), "give --src (files) or --env (a gymnasium environment), not both")
-    require(math.isfinite(cfg.fps), f"--fps={cfg.fps}: a finite number")
+    all_finite(cfg)
     at_least(cfg, 2, "max_frames", "min_frames")
     at_least(cfg, 1, "size", "episodes")
     at_least(cfg, 0, "fps", "workers", "seed")

@@ -461,7 +461,7 @@ class ModelConfig:
         widths = [self.channels * mult for mult in self.channel_mults]
         windows = [self.window if h in self.video_attn_resolutions else int(h in self.frame_attn_resolutions)
                    for h in heights]
-        require(self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even")
+        require(self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even, and above 0")
         for c in (c for c, window in zip(widths, windows) if window):
             require(c % self.head_dim == 0, f"head_dim {self.head_dim} does not divide a level's {c} channels")
         return list(zip(widths, windows))
@@ -471,7 +471,7 @@ class Block(nn.Module):
     """Resampling, two convolutions beside the trunk, the first one over `kernel` frames and modulated by the noise
     embedding, attention. An encoder block normalises its trunk, before the convolutions read it."""
 
-    def __init__(self, c_in, c_out, c_emb, cfg, kernel, window=0, encoder=False, resample=None):
+    def __init__(self, c_in, c_out, c_emb, cfg, kernel=1, window=0, encoder=False, resample=None):
         super().__init__()
         self.encoder, self.resample, self.dropout = encoder, resample, cfg.dropout
         self.skip = MPConv(c_out, c_in, 1, 1) if c_in != c_out else nn.Identity()
@@ -501,7 +501,7 @@ class UNet(nn.Module):
         levels = cfg.levels()
         c, self.recompute = levels[0][0], cfg.recompute
         block = functools.partial(Block, c_emb=max(width for width, _ in levels), cfg=cfg)
-        over_time, by_frame = cfg.temporal_kernel, 1
+        over_time = cfg.temporal_kernel
         self.stem = MPConv(c, c_io + 1, 3, 3)               # + 1: a channel of ones stands in for biases
         self.encoder, self.decoder, skips = nn.ModuleList(), nn.ModuleList(), [c]
         for i, (width, window) in enumerate(levels):
@@ -515,10 +515,10 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList([block(c, c, kernel=over_time, window=window), block(c, c, kernel=over_time)])
         for i, (width, window) in reversed([*enumerate(levels)]):
             for _ in range(cfg.blocks_per_level + 1):
-                self.decoder.append(block(c + skips.pop(), width, kernel=by_frame, window=min(window, 1)))
+                self.decoder.append(block(c + skips.pop(), width, window=min(window, 1)))
                 c = width
             if i > 0:
-                self.decoder.append(block(c, c, kernel=by_frame, resample=nn.Upsample(scale_factor=2)))
+                self.decoder.append(block(c, c, resample=nn.Upsample(scale_factor=2)))
         self.head = MPConv(c_io, c, 3, 3)
         self.head_gain = nn.Parameter(torch.zeros(1))
 

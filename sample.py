@@ -31,7 +31,7 @@ from einops import rearrange
 from PIL import GifImagePlugin, Image
 from tqdm import tqdm
 
-from config import UserError, at_least, one_of, require, run
+from config import UserError, all_finite, at_least, one_of, require, run
 from data import decode, fit, load_batch, open_source, replacing, telling, to_network, to_pixels
 from model import Cache, Denoiser, ModelConfig
 
@@ -154,6 +154,12 @@ class Rollout(collections.abc.Iterator):
         self.model.read(x, x.new_full(x.shape[:2], self.context_noise), self.cache, actions)
 
 
+def compiling():
+    """A block in which torch.compile may get to work."""
+    return telling(lambda error: f"--compile failed (on a CPU it needs a C++ compiler): {error}",
+                   torch._dynamo.exc.BackendCompilerFailed)
+
+
 def compiled(method, graphs=True):
     """A model's `step` or `read`, compiled for one frame at a time, which it is given over and over; on a GPU as one
     CUDA graph, if one thread alone calls it (`graphs`). A cache's first pass, in which layers allocate their part and
@@ -163,8 +169,7 @@ def compiled(method, graphs=True):
 
     def call(x, sigma, cache, actions=None):
         if cache in seen and x.shape[1] == 1:
-            with telling(lambda error: f"--compile failed (on a CPU it needs a C++ compiler): {error}",
-                         torch._dynamo.exc.BackendCompilerFailed):
+            with compiling():
                 result = graph(x, sigma, cache, actions)
             return result if result is None else result.clone()      # the graph's next run overwrites its own
         result = method(x, sigma, cache, actions)
@@ -274,7 +279,9 @@ def pick_device(name):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with telling(lambda error: f"device {name!r} cannot be used: {error}", RuntimeError, AssertionError):
-        return torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()                                        # the device "meta" holds no numbers
+        return probe.device
 
 
 def compute_dtype(device):
@@ -630,8 +637,7 @@ def check_settings(cfg):
     """UserError before any work is done."""
     at_least(cfg, 1, "frames", "samples", "steps", "fps", "scale")
     at_least(cfg, 0, "context", "first_clip", "seed", "churn")
-    for name, value in vars(cfg).items():
-        require(not isinstance(value, float) or math.isfinite(value), f"--{name}={value}: must be a finite number")
+    all_finite(cfg)
     one_of(cfg, solver=("euler", "heun"), precision=("bfloat16", "float32"), split=("train", "val"))
     require(0 < cfg.sigma_min < cfg.sigma_max and cfg.rho >= 0.1, f"--sigma_min={cfg.sigma_min} "
             f"--sigma_max={cfg.sigma_max} --rho={cfg.rho}: sigma_min above 0 and below sigma_max, rho 0.1 or more")

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import sample
-from config import UserError, at_least, one_of, require
+from config import UserError, all_finite, at_least, one_of, require
 from config import run as run_script
 from data import Batches, load_batch, measure, open_source, replacing, to_network
 from model import Denoiser, ModelConfig
@@ -90,7 +90,7 @@ ema_widths = (0.05, 0.1)        # power-function averages of the weights, as fra
 eval_clips = 32                 # held-out clips per evaluation
 eval_sigmas = (0.1, 0.3, 1.0, 3.0, 10.0)    # noise levels of the error table
 eval_context = 4                # frames of context from which the table's second column counts, and pictures start
-picture_frames = 16             # frames in the pictures, the given ones included
+picture_frames = 16             # frames in the pictures, the given ones included; no more than a clip has
 picture_steps = 6               # Euler steps per frame in the pictures
 # -- system
 seed = 0                        # of weights, data and noise
@@ -109,7 +109,7 @@ FREE_TO_CHANGE = {"init_from", "out_dir", "data_dir", "log_interval", "eval_inte
 
 def start_processes(cfg):
     """(device, rank, world size); joins the process group if torchrun set one up."""
-    if "RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:
         return sample.pick_device(cfg.device), 0, 1
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available() if cfg.device == "auto" else cfg.device != "cpu"
@@ -409,8 +409,10 @@ def check_settings(cfg):
     """UserError for what would otherwise fail late, or silently do nothing."""
     at_least(cfg, 1, "max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval", "channels",
              "patch_size", "blocks_per_level", "accumulate", "max_skipped", "ref_steps", "picture_steps")
-    at_least(cfg, 0, "seed", "eval_interval", "eval_context", "context_noise", "action_dropout",
-             "dropout")
+    at_least(cfg, 0, "seed", "eval_interval", "eval_context", "context_noise", "action_dropout", "dropout", "P_std",
+             "warmup_steps")
+    all_finite(cfg, "grad_clip")
+    require(cfg.seed < 2 ** 63, f"seed={cfg.seed}: must be less than 2 ** 63")
     for name in ("frames", "picture_frames"):
         require(getattr(cfg, name) > cfg.eval_context,
                 f"{name}={getattr(cfg, name)}: must be more than eval_context={cfg.eval_context}")
@@ -423,8 +425,8 @@ def check_settings(cfg):
     require(max(cfg.dropout, cfg.action_dropout) <= 1, "dropout and action_dropout are shares, at most 1")
     one_of(cfg, init_from=("auto", "changed", "scratch"), decay=("linear", "sqrt"), optimizer=("muon", "adam"))
     require(not (cfg.shard and cfg.compile), "shard=True and compile=True have not been made to work together: set one")
-    require(not cfg.shard or "RANK" in os.environ, "shard=True shards over the processes that torchrun starts, and "
-                                                   "there is only this one: use torchrun, or leave it out")
+    require(not cfg.shard or "LOCAL_RANK" in os.environ, "shard=True shards over the processes that torchrun starts, "
+                                                         "and there is only this one: use torchrun, or leave it out")
     require(not cfg.tensorboard or importlib.util.find_spec("tensorboard"),
             "tensorboard=True: TensorBoard is not installed: pip install tensorboard")
 
@@ -469,6 +471,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, cfg)
         self.ema = PowerEMA(self.model, cfg.ema_widths)
         self.step, self.recent = 0, []                      # steps done; losses since the last line of the log
+        self.changed = self.evaluated = False               # other settings than before; this step's errors are logged
         self.writer = Writer()
         self.resume(self.path)
         self.network = compiled(self.model) if cfg.compile else self.model
@@ -479,7 +482,7 @@ class Run:
         self.board = None
         if cfg.tensorboard and self.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(self.folder)
+            self.board = SummaryWriter(self.folder, purge_step=self.step + 1)
         self.start_log()
 
     def resume(self, path):
@@ -500,6 +503,8 @@ class Run:
             state = sample.load_file(path, sample.CHECKPOINT_KEYS)
             if self.rank == 0:
                 print(f"{error}; taking the one before it")
+                with contextlib.suppress(FileNotFoundError):            # else it would take that one's place
+                    self.path.replace(self.folder / "checkpoint-damaged.pt")
         old, new = state["settings"], vars(self.cfg)
         changed = [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
                    if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
@@ -516,30 +521,35 @@ class Run:
             before, now = state["model_config"], asdict(self.model.cfg)
             other = "; ".join(f"{key} was {before[key]!r}, now {now[key]!r}" for key in now if before[key] != now[key])
             raise UserError(f"{path} is of another network: {other or error}") from error
-        parameters = [*self.model.parameters()]             # an optimizer's state is numbered like them
-        for number, moments in state["optimizer"]["state"].items():
-            moments.update({key: like(parameters[number], x) for key, x in moments.items()})
         if old.get("optimizer") == new["optimizer"]:        # another one begins without moments
+            parameters = [*self.model.parameters()]         # an optimizer's state is numbered like them
+            for number, moments in state["optimizer"]["state"].items():
+                moments.update({key: like(parameters[number], x) for key, x in moments.items()})
             self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load(state["ema"])
         if changed and self.rank == 0:
             print(f"going on with other settings: {'; '.join(changed)}", flush=True)
         self.step, self.recent, self.stats = state["step"], state["recent"], state["stats"]
+        self.changed = bool(changed)
         if self.rank == 0:
             print(f"resuming {path} at step {self.step} of {self.cfg.max_steps}", flush=True)
 
     def start_log(self):
-        """Rank 0 drops what the log says of later steps, and says what is trained."""
-        if self.rank > 0:
-            return
+        """Rank 0 drops what is there of later steps, lines of the log and snapshots, and says what is trained."""
         path, origin = self.folder / "log.jsonl", self.source.origin
         kept = [entry for entry in read_log(path) if self.step and entry["step"] <= self.step]
+        self.evaluated = any("sigmas" in entry for entry in kept if entry["step"] == self.step)
+        if self.rank > 0:
+            return
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        for later in self.folder.glob("ema-*.pt"):
+            if int(later.stem.removeprefix("ema-")) > self.step:
+                later.unlink()
         count = sum(p.numel() for p in self.model.parameters())
         print(f"{count / 1e6:.2f} million parameters on {self.world_size} x {self.device.type}; {origin}", flush=True)
-        if self.step == 0:
-            self.log(step=0, parameters=count, origin=origin, settings=vars(self.cfg))
+        if self.step == 0 or self.changed:
+            self.log(step=self.step, parameters=count, origin=origin, settings=vars(self.cfg))
 
     def log(self, **entry):
         """Adds a line to log.jsonl, a JSON object; only rank 0 writes."""
@@ -583,6 +593,9 @@ class Run:
                        f"  first frame       {''.join(f'{first:8.3f}' for first, _ in errors)}\n"
                        f"  {cfg.eval_context}+ given frames   {''.join(f'{later:8.3f}' for _, later in errors)}")
             self.log(step=self.step, sigmas=list(cfg.eval_sigmas), first_and_later_error=errors)
+            for sigma, (first, later) in zip(cfg.eval_sigmas, errors, strict=True) if self.board else ():
+                self.board.add_scalar(f"error, first frame/sigma {sigma:g}", first, self.step)
+                self.board.add_scalar(f"error, frames with context/sigma {sigma:g}", later, self.step)
             with dispensable("the log's picture"):
                 draw_log(self.folder)
             with dispensable("the picture of a rollout"):
@@ -645,26 +658,30 @@ def optimizer_step(model, optimizer, step, cfg):
 
 def train(run, batches, bar, stop):
     """Steps until the end, or until any process was asked to stop."""
-    cfg, began, skipped = run.cfg, time.perf_counter(), 0
-    frames, steps = cfg.batch_size * cfg.noised_copies * run.source.frames, 0             # of a step; since `began`
+    cfg, skipped = run.cfg, 0
+    frames, steps, seconds = cfg.batch_size * cfg.noised_copies * run.source.frames, 0, 0.0       # of a step; since the
+    if run.due(cfg.eval_interval) and run.step and not run.evaluated:                    # last line of the log
+        run.evaluate()                                      # it was cut off
     while run.step < cfg.max_steps and not anywhere(stop, run.device):
+        began = time.perf_counter()
         if cfg.dropout:
             torch.manual_seed(cfg.seed + run.step * run.world_size + run.rank)
         loss = gradients(run.network, batches, cfg, run.stats, run.device)
         norm = optimizer_step(run.model, run.optimizer, run.step, cfg)
         skipped = 0 if math.isfinite(norm) else skipped + 1
-        require(skipped != cfg.max_skipped, f"step {run.step}: {skipped} gradients in a row were not finite; "
-                                            f"{run.path} is of before. Lower lr, or look at the clips named above")
+        require(skipped != cfg.max_skipped, f"step {run.step}: {skipped} gradients in a row were not finite; what was "
+                                            "saved before is kept. Lower lr, or look at the clips named above")
         run.step, steps = run.step + 1, steps + 1
         run.ema.update(run.step)
         run.recent.append(sum_over_ranks(loss) / run.world_size)        # no number until logged: a GPU need not wait
         bar.update()
-        if run.step % cfg.log_interval == 0:
-            mean, seconds = sum(map(float, run.recent)) / len(run.recent), time.perf_counter() - began
+        seconds += time.perf_counter() - began
+        if run.due(cfg.log_interval):
+            mean = sum(map(float, run.recent)) / len(run.recent)
             bar.set_postfix(loss=f"{mean:.3f}")
             run.log(step=run.step, loss=mean, grad_norm=norm, lr=learning_rate(run.step - 1, cfg),
                     frames_per_second=round(steps * frames / seconds, 1))
-            run.recent, began, steps = [], time.perf_counter(), 0
+            run.recent, steps, seconds = [], 0, 0.0
         if run.due(cfg.checkpoint_interval) or run.due(cfg.eval_interval):
             run.save()                                      # first: an evaluation may fail, out of memory, say
         if run.due(cfg.eval_interval):
@@ -676,7 +693,7 @@ def main(cfg):
     ask_to_stop(stop)
     batches = Batches(run.source, cfg.batch_size, run.device, run.step, run.rank, run.world_size, cfg.accumulate)
     bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
-    with batches, bar, run.writer.thread:
+    with batches, bar, run.writer.thread, sample.compiling():
         train(run, batches, bar, stop)
         stopped = run.step < cfg.max_steps                  # this process was asked to, or another one
         if stopped:

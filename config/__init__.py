@@ -6,6 +6,7 @@ Settings are the globals at the script's top, one a line: `batch_size = 8  # cli
 """
 import contextlib
 import difflib
+import math
 import os
 import re
 import sys
@@ -28,6 +29,12 @@ def require(condition, message, kind=UserError):
 def at_least(cfg, least, *names):
     for name in names:
         require(getattr(cfg, name) >= least, f"{name}={getattr(cfg, name)}: must be at least {least}")
+
+
+def all_finite(cfg, *but):
+    for name, value in vars(cfg).items():
+        numbers = [x for x in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(x, float)]
+        require(name in but or all(map(math.isfinite, numbers)), f"{name}={value}: must be finite")
 
 
 def one_of(cfg, **choices):

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._inductor.exc import InductorError
 
 import sample
 import train
@@ -150,13 +151,12 @@ def build(cfg, awake=False):
 
 @pytest.fixture(autouse=True)
 def process_as_it_was():
-    """`main` sets signal handlers and the precision of matrix products for the whole process."""
-    numbers, precision = (signal.SIGINT, signal.SIGTERM), torch.get_float32_matmul_precision()
+    """`main` sets signal handlers for the whole process."""
+    numbers = signal.SIGINT, signal.SIGTERM
     handlers = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, handlers):
         signal.signal(number, handler)
-    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture(scope="module")
@@ -997,6 +997,11 @@ def test_a_process_of_torchrun_gets_the_device_it_was_told_or_says_why_not(monke
             train.start_processes(SimpleNamespace(device=wish))
 
 
+def test_a_launcher_that_does_not_say_which_gpu_is_none(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert train.start_processes(SimpleNamespace(device="cpu")) == (torch.device("cpu"), 0, 1)
+
+
 def test_an_evaluation_that_fails_loses_no_step(tiny, tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError("no memory for the table")
@@ -1004,6 +1009,25 @@ def test_an_evaluation_that_fails_loses_no_step(tiny, tmp_path, monkeypatch):
     with pytest.raises(MemoryError, match="for the table"):
         train.main(tiny(eval_interval=3))
     assert load(tmp_path / "run")["step"] == 3
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_an_evaluation_that_was_cut_off_is_made_up_for_once(tiny, tmp_path, monkeypatch, at):
+    """In the middle of the run, and at its end."""
+    changes, error_table = {"eval_interval": 3, "checkpoint_interval": 3}, train.error_table
+    train.main(tiny("whole", **changes))
+
+    def cut_off(*arguments):
+        if load(tmp_path / "cut")["step"] == at:
+            raise KeyboardInterrupt
+        return error_table(*arguments)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "error_table", cut_off)
+        train.main(tiny("cut", **changes))
+    for _ in range(2):
+        train.main(tiny("cut", **changes))
+        assert_same_run(tmp_path / "cut", tmp_path / "whole")
+        assert (tmp_path / "cut" / f"rollout-0000000{at}.png").exists()
 
 
 def test_an_evaluation_holds_no_more_clips_at_once_than_training(tiny, monkeypatch):
@@ -1033,6 +1057,27 @@ def test_frames_per_second_count_the_steps_since_the_last_line(tiny, tmp_path, m
     assert [entry["frames_per_second"] for entry in read_log(tmp_path / "run")[1:]] == [20, 20]
 
 
+def test_frames_per_second_are_of_training_alone(tiny, tmp_path, monkeypatch):
+    """A clock that steps, evaluations and saves all move by a second."""
+    clock = [0.0]
+
+    def slowly(function):
+        def call(*arguments):
+            clock[0] += 1
+            return function(*arguments)
+        return call
+    for owner, name in ((train, "optimizer_step"), (train.Run, "evaluate"), (train.Run, "save")):
+        monkeypatch.setattr(owner, name, slowly(getattr(owner, name)))
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    train.main(tiny(log_interval=2, eval_interval=3, checkpoint_interval=2))
+    assert [entry["frames_per_second"] for entry in read_log(tmp_path / "run") if "loss" in entry] == [20, 20, 20]
+
+
+def test_the_last_steps_loss_is_logged_whatever_the_interval(tiny, tmp_path):
+    train.main(tiny(log_interval=4, max_steps=6))
+    assert [entry["step"] for entry in read_log(tmp_path / "run") if "loss" in entry] == [4, 6]
+
+
 def test_another_network_is_named_by_its_differences(half_done, monkeypatch):
     folder, cfg = half_done
     build_model = train.build_model
@@ -1055,11 +1100,18 @@ def test_the_log_is_drawn(finished, tmp_path):
 
 def test_the_log_goes_to_tensorboard_too(tiny, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train.main(tiny(max_steps=3, tensorboard=True))
+    train.main(tiny(max_steps=3, tensorboard=True, checkpoint_interval=2, eval_interval=3))
+    (tmp_path / "run" / "checkpoint.pt").unlink()           # so that the third step is done again
+    train.main(tiny(max_steps=3, tensorboard=True, checkpoint_interval=2, eval_interval=3))
     events = accumulator.EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     written = [(event.step, event.value) for event in events.Scalars("loss")]
-    logged = [(entry["step"], entry["loss"]) for entry in read_log(tmp_path / "run")[1:]]
+    (evaluated,) = (entry for entry in read_log(tmp_path / "run") if "sigmas" in entry)
+    for sigma, errors in zip(evaluated["sigmas"], evaluated["first_and_later_error"]):
+        for frames, error in zip(("first frame", "frames with context"), errors):
+            (event,) = events.Scalars(f"error, {frames}/sigma {sigma:g}")
+            assert event.step == 3 and event.value == pytest.approx(error, rel=1e-6)
+    logged = [(entry["step"], entry["loss"]) for entry in read_log(tmp_path / "run") if "loss" in entry]
     assert [step for step, _ in written] == [1, 2, 3]
     np.testing.assert_allclose(written, logged, rtol=1e-6)
 
@@ -1147,6 +1199,19 @@ def test_a_run_whose_newest_checkpoint_is_torn_goes_on_from_the_one_before(tiny,
     said = capsys.readouterr().out
     assert "checkpoint-previous.pt at step 4 of 6" in said and f"{path}" in said
     assert_same_run(tmp_path / "torn", tmp_path / "whole")
+    assert torch.load(train.previous(path), weights_only=True)["step"] == 4              # never the damaged one
+    aside = tmp_path / "torn" / "checkpoint-damaged.pt"
+    assert aside.exists() == (damage == "truncated") and (not aside.exists() or aside.read_bytes() == content[:-1000])
+
+
+def test_snapshots_of_steps_that_are_done_again_go_as_their_lines_of_the_log_do(tiny, tmp_path):
+    folder = tmp_path / "run"
+    train.main(tiny(checkpoint_interval=2))
+    (folder / "checkpoint.pt").unlink()
+    train.main(tiny(checkpoint_interval=100, max_steps=5, lr=0.001, init_from="changed"))            # from step 4 on
+    assert sorted(path.name for path in folder.glob("ema-*")) == [f"ema-0000000{step}.pt" for step in (2, 4, 5)]
+    settings = [(entry["step"], entry["settings"]["lr"]) for entry in read_log(folder) if "settings" in entry]
+    assert settings == [(0, train.lr), (4, 0.001)]
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tiny, tmp_path):
@@ -1285,6 +1350,15 @@ def test_a_compiled_network_trains_alike_and_is_compiled_once(monkeypatch):
     assert counts[0] > 0 and counts[1] == counts[3]
 
 
+def test_a_compiler_that_is_missing_is_named(tiny, monkeypatch):
+    def fail(*_):
+        raise InductorError(RuntimeError("no g++\nand more"), None)
+    monkeypatch.setattr(train, "loss_of", fail)
+    with pytest.raises(UserError, match=r"--compile failed.*C\+\+ compiler.*no g\+\+") as caught:
+        train.main(tiny(compile=True))
+    assert "\n" not in str(caught.value)
+
+
 # ------------------------------------------------------------------------------------------------
 # Runs that go wrong
 
@@ -1370,6 +1444,13 @@ def test_the_log_is_json_with_a_setting_that_is_not_finite(tiny, tmp_path):
     ("accumulate", 3, "accumulate=3"),
     ("batch_size", 0, "batch_size=0"),
     ("seed", -1, "seed=-1"),
+    ("seed", 2 ** 63, "seed=9223372036854775808"),
+    ("warmup_steps", -5, "warmup_steps=-5"),
+    ("P_mean", math.nan, "P_mean=nan"),
+    ("P_std", math.inf, "P_std=inf"),
+    ("lr", math.inf, "lr=inf"),
+    ("grad_clip", math.nan, "grad_clip=nan"),
+    ("eval_sigmas", (1.0, math.nan), "eval_sigmas=(1.0, nan)"),
     ("decay", "cosine", "cosine"),
     ("optimizer", "sgd", "sgd"),
     ("accumulate", 0, "accumulate=0"),
@@ -1386,6 +1467,7 @@ def test_the_log_is_json_with_a_setting_that_is_not_finite(tiny, tmp_path):
     ("context_noise", -1.0, "context_noise=-1"),
     ("dropout", 1.5, "at most 1"),
     ("device", "abacus", "abacus"),
+    ("device", "meta", "'meta' cannot be used"),
     ("dataset", "video", "digits"),
     ("dataset", "vidoe", "vidoe"),
 ])
