@@ -607,16 +607,13 @@ class Run:
 # The training loop.
 
 def ask_to_stop(stop):
-    """Ctrl-C and SIGTERM append to `stop`, to end after the current step. A second one ends at once; but a SIGTERM
-    within a second is torchrun's: asked to end together with its processes, it asks them too."""
-    first = []                                              # when it was asked
-
+    """Ctrl-C and SIGTERM append (number, time) to `stop`, to end after the current step. A second one ends at once; but
+    a SIGTERM within a second is torchrun's: asked to end together with its processes, it asks them too."""
     def handler(number, frame):
-        if stop and (number == signal.SIGINT or time.monotonic() - first[0] > 1):
+        if stop and (number == signal.SIGINT or time.monotonic() - stop[0][1] > 1):
             raise KeyboardInterrupt
         if not stop:
-            first.append(time.monotonic())
-            stop.append(number)
+            stop.append((number, time.monotonic()))
             print("\nfinishing the step, then saving; once more to quit at once", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
@@ -705,7 +702,7 @@ def main(cfg):
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped:
-        raise SystemExit(128 + (stop or [signal.SIGTERM])[0])
+        raise SystemExit(128 + (stop[0][0] if stop else signal.SIGTERM))
 
 
 if __name__ == "__main__":
