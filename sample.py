@@ -582,10 +582,15 @@ def serve(game, port):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.game, server.daemon_threads = game, False        # what was asked is answered, not cut off in torch
     url = f"http://127.0.0.1:{server.server_port}"
-    print(f"play at {url}; Ctrl-C ends", flush=True)
-    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()           # some run until they are left
-    with contextlib.suppress(KeyboardInterrupt), server:
-        server.serve_forever()
+    serving = threading.Thread(target=server.serve_forever, daemon=True)        # Ctrl-C, here, cuts off nothing there
+    serving.start()
+    with server:
+        with contextlib.suppress(KeyboardInterrupt):
+            print(f"play at {url}; Ctrl-C ends", flush=True)
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()   # some run until they are left
+            while serving.is_alive():
+                serving.join(1)                             # without a limit, Windows would not hear of Ctrl-C
+        server.shutdown()
     print("\nended")
 
 

@@ -273,6 +273,27 @@ def test_what_was_asked_is_answered_before_the_server_ends(game, monkeypatch):
     assert answers[0].code == 200 and b"</script>" in answers[0].body
 
 
+def test_ctrl_c_while_a_request_is_taken_up_ends_cleanly(game, monkeypatch):
+    """Between the moment that a thread is noted, to be waited for, and its start."""
+    start, answers = threading.Thread.start, []
+
+    def interrupted(thread):
+        if thread._target.__name__ == "process_request_thread":
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.1)
+        start(thread)
+
+    def play(url):
+        answers.append(ask(SimpleNamespace(server_port=int(url.rsplit(":")[-1]))))
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    monkeypatch.setattr(sample.webbrowser, "open", play)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    sample.serve(game, 0)
+    signal.signal(signal.SIGINT, handler)
+    time.sleep(0.1)
+    assert answers[0].code == 200
+
+
 def test_a_browser_in_the_terminal_finds_the_page_served(game, monkeypatch):
     """Such a browser runs until it is left: the server may not wait for it."""
     answers = []
