@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 import urllib.request
 import zlib
@@ -35,7 +36,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from tqdm import tqdm
 
-from config import UserError, all_finite, at_least, one_of, require, run
+from config import UserError, all_finite, at_least, one_of, plain_settings, require, run
 
 # -- preparing clips
 src = ""                    # folder of films, GIFs, arrays and folders of pictures
@@ -352,7 +353,8 @@ class CanvasWorld:
 # ---------------------------------------------------------------------------------------------------
 # Videos from files: frames with their times. Latents are arrays of floats, and stay as they are.
 
-PICTURES, ARRAYS, FILMS = (".png", ".jpg", ".jpeg"), (".npy", ".npz"), (".mp4", ".mov", ".avi", ".mkv", ".webm")
+PICTURES, ARRAYS = (".png", ".jpg", ".jpeg", ".webp", ".bmp"), (".npy", ".npz")
+FILMS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".ts")
 
 
 def reading(path):
@@ -366,7 +368,8 @@ def read_array(path):
     if isinstance(array, np.lib.npyio.NpzFile):
         require(len(array.files) == 1, f"{path} holds {len(array.files)} arrays, expected one", Unusable)
         array = array[array.files[0]]
-    video = array.dtype == np.uint8 and (array.ndim == 3 or array.ndim == 4 and array.shape[3] in (1, 3, 4))
+    dims = 4 if array.shape[-1:] in ((1,), (3,), (4,)) else 3           # h w 3 is a picture, not frames 3 wide
+    video = array.dtype == np.uint8 and array.ndim == dims and min(array.shape[1:]) > 0
     latents = array.dtype.kind == "f" and array.ndim == 4 and array.shape[3] != 3        # that would be colours
     require(video or latents, f"{path} holds {array.dtype} {array.shape}: expected uint8 frames t h w [c], or latents, "
             "floats t c h w", Unusable)
@@ -380,7 +383,8 @@ def read_pictures(path):
         stored = [pictures] if pictures.format == "MPO" else ImageSequence.Iterator(pictures)    # a photo, previews
         for picture in stored:
             require(not picture.mode.startswith(("I", "F")), f"{path} has more than 8 bits a channel", Unusable)
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
+            upright = ImageOps.exif_transpose(picture)
+            upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
             yield milliseconds / 1000 if path.suffix.lower() == ".gif" else None, np.asarray(upright)
             milliseconds += picture.info.get("duration") or 100         # what players make of none
 
@@ -393,10 +397,12 @@ def read_film(path):
                                                 f"{av.__version__}: pip install -U av", Unusable)
     with av.open(str(path)) as film:
         require(film.streams.video, f"{path} has no video", Unusable)
-        stretch = film.streams.video[0].sample_aspect_ratio or 1        # and turned, as players show it
-        for frame in film.decode(video=0):
+        stream, untimed = film.streams.video[0], film.format.name == "avi"      # its times are those of decoding
+        stretch = stream.sample_aspect_ratio or 1           # and turned, as players show it
+        for number, frame in enumerate(film.decode(video=0)):
             picture = frame.to_ndarray(format="rgb24", width=round(frame.width * stretch), height=frame.height)
-            yield frame.time, np.rot90(picture, frame.rotation // 90)
+            seconds = frame.time if frame.time is not None and not untimed else number / stream.average_rate
+            yield float(seconds), np.rot90(picture, frame.rotation // 90)
 
 
 def pictures_in(folder):
@@ -430,7 +436,10 @@ def fit(frame, shape, letterbox=False):
     if frame.dtype != np.uint8:
         with np.errstate(over="ignore"):                    # what becomes infinite, `write_frames` refuses
             return frame.astype(np.float16)
-    picture = Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame).convert("L" if shape[0] == 1 else "RGB")
+    picture = Image.fromarray(frame[..., 0] if frame.shape[2] == 1 else frame)
+    if picture.mode == "RGBA":                              # on black: what is transparent may have any colour
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
+    picture = picture.convert("L" if shape[0] == 1 else "RGB")
     picture = (ImageOps.pad if letterbox else ImageOps.fit)(picture, shape[:0:-1], Image.Resampling.BILINEAR)
     return rearrange(np.atleast_3d(np.asarray(picture)), "h w c -> c h w")
 
@@ -466,10 +475,11 @@ def with_actions(timed, path):
         return
     with reading(beside):
         actions = np.load(beside, allow_pickle=False)
-        given, count = f"{beside} has {len(actions)} actions", 0
-    kind = actions.dtype.kind, actions.ndim
-    require(kind == ("f", 2) or kind in (("i", 1), ("u", 1)) and actions.min(initial=0) >= 0, f"{beside} holds "
-            f"{actions.dtype} {actions.shape}: expected a whole number from 0, or floats, for each frame", Unusable)
+        given, count, kind = f"{beside} has {len(actions)} actions", 0, (actions.dtype.kind, actions.ndim)
+    least, most = (-1e6, 1e6) if kind == ("f", 2) else (0, 65535)
+    fits = kind in (("f", 2), ("i", 1), ("u", 1)) and not ((actions < least) | (actions > most)).any()   # NaN: unknown
+    require(fits, f"{beside} holds {actions.dtype} {actions.shape}: expected a whole number from 0 to 65535, or floats "
+                  "from -1e6 to 1e6, for each frame", Unusable)
     for count, (seconds, frame) in enumerate(timed, start=1):
         require(count <= len(actions), f"{given}, and {path.name} has more frames", Unusable)
         yield seconds, (frame, actions[count - 1])
@@ -491,18 +501,26 @@ def made_with(cfg):
 
 def find_sources(folder):
     """Names of the videos and folders of pictures under `folder`; "." is itself a folder of pictures."""
-    found = set()
+    pictures, films, others = set(), set(), []
     for where, folders, files in os.walk(folder, onerror=lambda error: print(f"left out: {error}", flush=True)):
         where = Path(where).relative_to(folder)
         folders[:] = [name for name in folders if name[0] != "."]       # hidden ones are none of the user's
         for path in (where / name for name in (*folders, *files) if name[0] != "."):
             if path.suffix.lower() in PICTURES:
-                found.add(where)
-            elif path.suffix.lower() in (".gif", *ARRAYS, *FILMS) and not path.name.endswith(".actions.npy"):
-                found.add(path)
-            elif Path(folder, path).is_dir() and Path(folder, path).is_symlink():
+                pictures.add(where)
+            elif path.name.endswith(".actions.npy"):
+                continue
+            elif path.suffix.lower() in (".gif", *ARRAYS, *FILMS):
+                films.add(path)
+            elif not Path(folder, path).is_dir():
+                others.append(path)
+            elif Path(folder, path).is_symlink():
                 print(f"left out: {path} is a link to a folder: give the folder itself as --src", flush=True)
-    return sorted(map(str, found))
+    if others:
+        print(f"{len(others)} other files, such as {others[0]}, are of no kind that is read", flush=True)
+    for where in pictures & {path.parent for path in films}:
+        print(f"{Path(folder, where)} holds pictures beside films: they are taken for one more clip", flush=True)
+    return sorted(map(str, pictures | films))
 
 
 def play_episode(cfg, number):
@@ -510,12 +528,13 @@ def play_episode(cfg, number):
     discrete ones count from 0."""
     import gymnasium
     seed = int(np.random.SeedSequence((cfg.seed, number)).generate_state(1)[0])
-    with telling(lambda error: f"--env={cfg.env}: {error}", gymnasium.error.Error, ImportError, AssertionError):
+    with telling(lambda error: f"--env={cfg.env}, episode {number}: {error}", Exception):
         with contextlib.closing(gymnasium.make(cfg.env, render_mode="rgb_array")) as env:
             env.reset(seed=seed)
             env.action_space.seed(seed)
-            require(isinstance(env.action_space, gymnasium.spaces.Discrete) or len(env.action_space.shape or ()) == 1,
-                    f"--env={cfg.env}: actions {env.action_space}; only Discrete and flat Box ones can be recorded")
+            space, spaces = env.action_space, gymnasium.spaces
+            require(isinstance(space, spaces.Discrete) or isinstance(space, spaces.Box) and len(space.shape) == 1,
+                    f"--env={cfg.env}: actions {space}; only Discrete and flat Box ones can be recorded")
             first, action, over = getattr(env.action_space, "start", 0), np.zeros_like(env.action_space.sample()), False
             for _ in range(cfg.max_frames):
                 frame = env.render()
@@ -565,15 +584,30 @@ def stored(folder, name, suffix):
     return Path(folder, "clips", f"{name}{suffix}")
 
 
+def damage(folder, kind, name, frames, action_dim, **_):
+    """What is wrong with the files of the clip `name`, of `frames` frames of a shape and dtype, None if nothing is."""
+    raw, actions = stored(folder, name, ".raw"), stored(folder, name, ".actions.npy")
+    expected = frames * math.prod(kind["shape"]) * np.dtype(kind["dtype"]).itemsize
+    found = raw.stat().st_size if raw.exists() else 0
+    if found != expected:
+        return f"{raw} has {found} bytes, and should have {expected}"
+    if action_dim and not actions.exists():
+        return f"{actions} is not there"
+
+
 def prepare_source(cfg, name):
     """Stores the frames of one source, unless this was done. Returns why it is unusable, or None."""
     raw, record_file, actions_file = (stored(cfg.out, name, suffix) for suffix in (".raw", ".json", ".actions.npy"))
     path = Path(cfg.src, name).absolute()
+    if len(os.fsencode(raw.name)) > 220:                    # of 255, as temporary files have longer ones
+        return f"{name}: its name is too long: rename it"
     sources = [*(pictures_in(path) if path.is_dir() else [path]), actions_beside(path)] if cfg.src else []
     made_of = [made_with(cfg), *([str(file), file.stat().st_size, file.stat().st_mtime_ns]
                                  for file in sources if file.exists())]
-    if record_file.exists() and read_json(record_file)["made_of"] == made_of and raw.exists():
-        return None
+    if record_file.exists():
+        record = read_json(record_file)
+        if isinstance(record, dict) and record.get("made_of") == made_of and not damage(cfg.out, record, **record):
+            return None
     try:
         pairs = play_episode(cfg, int(name)) if cfg.env else at_rate(with_actions(decode(path), path), cfg.fps)
         actions, record = write_frames(raw, name, pairs, cfg)
@@ -592,8 +626,8 @@ def read_json(path):
 
 def read_meta(folder):
     meta = read_json(Path(folder, "meta.json"))
-    require(isinstance(meta, dict) and "made_with" in meta, f"{folder}/meta.json is not of this program: choose "
-                                                            "another folder")
+    ours = isinstance(meta, dict) and isinstance(meta.get("made_with"), dict)
+    require(ours, f"{folder}/meta.json is not of this program: choose another folder")
     return meta
 
 
@@ -645,7 +679,7 @@ def check_prepare(cfg):
             f"--env={cfg.env}: gymnasium, which runs environments, is not installed: pip install gymnasium")
     meta, wanted = Path(cfg.out, "meta.json"), made_with(cfg)
     before = read_meta(cfg.out)["made_with"] if meta.exists() else {}
-    changed = [f"{name} was {old}, now {wanted[name]}" for name, old in before.items() if wanted[name] != old]
+    changed = [f"{name} was {old}, now {wanted.get(name)}" for name, old in before.items() if wanted.get(name) != old]
     if not (before and any(Path(cfg.out).glob("clips/**/*.json"))):     # nothing was prepared with them
         changed = []
         with replacing(meta) as temporary:
@@ -653,13 +687,22 @@ def check_prepare(cfg):
     require(not changed, f"{cfg.out} was prepared with other settings ({'; '.join(changed)}): choose another --out")
 
 
+def begin_worker():
+    """Of a process: it ends as soon as the one that started it has ended."""
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def in_processes(cfg, names):
     """{name: why it is unusable}, out of several processes."""
     left_out = {}
-    pool = ProcessPoolExecutor(cfg.workers or os.cpu_count(), multiprocessing.get_context("spawn"),
-                               signal.signal, (signal.SIGINT, signal.SIG_IGN))           # Ctrl-C is this process's
+    pool = ProcessPoolExecutor(cfg.workers or os.cpu_count(), multiprocessing.get_context("spawn"), begin_worker)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process: those it starts inherit this
+    jobs = {pool.submit(prepare_source, cfg, name): name for name in names}
+    signal.signal(signal.SIGINT, handler)
     try:
-        jobs = {pool.submit(prepare_source, cfg, name): name for name in names}
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="clip", disable=None):
             if reason := job.result():
                 left_out[jobs[job]] = reason
@@ -667,8 +710,14 @@ def in_processes(cfg, names):
     except BrokenProcessPool as error:
         raise UserError("a process that prepared clips was killed, perhaps for want of memory; what is finished is "
                         "kept: run the same again, with fewer --workers") from error
+    except KeyboardInterrupt:
+        print("\nfinishing the clips that have begun, and keeping them; once more to quit at once", flush=True)
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)                  # what has begun is finished, and kept
+        try:
+            pool.shutdown(cancel_futures=True)
+        except KeyboardInterrupt:
+            os._exit(130)                                   # the workers notice
     return left_out
 
 
@@ -727,16 +776,15 @@ class VideoClips:
                 f"{self.shape[1]} high; train with --frame_size={self.shape[1]}, or choose another folder")
         require(not (cfg.flip and self.action_dim), "flip=True would mirror frames, and not their actions: set False")
         self.stats = {key: self.meta[key] for key in ("mean", "std", "discrete")}
-        self.stats["latent"] = self.meta["dtype"] != "uint8"
-        for name, length, _ in self.clips:
-            path = stored(folder, name, ".raw")
-            expected = length * math.prod(self.shape) * np.dtype(self.meta["dtype"]).itemsize
-            found = path.stat().st_size if path.exists() else 0
-            require(found == expected, f"{path} has {found} bytes, and meta.json says {expected}: delete it, and "
-                                       "prepare the clips again")
+        made = {key: self.meta["made_with"][key] for key in ("fps", "letterbox")}        # of films, for prompts
+        self.stats |= {"latent": self.meta["dtype"] != "uint8", "made": made}
+        for clip in self.clips:
+            wrong = damage(folder, self.meta, *clip)
+            require(not wrong, f"{wrong}: prepare the clips again, which mends it")
         self.ends = np.cumsum([length - self.span + 1 for _, length, _ in self.clips])   # of each clip's windows
         self.stream = (cfg.seed, STREAMS[split])
-        self.origin = f"{len(self.clips)} {split} clips of {folder}"
+        total = sum(length for _, length, _ in self.clips)
+        self.origin = f"{len(self.clips)} {split} clips, {total} frames, of {folder}"
 
     def clip(self, index):
         """Clip `index` as (uint8 or float16 (t, c, h, w), actions (t,) or (t, a) or None)."""
@@ -857,6 +905,8 @@ def main(cfg):
     """Prepares clips, or fetches MNIST ahead of time and says what is there."""
     if cfg.src or cfg.env:
         return prepare(cfg)
+    given = [name for name, default in plain_settings(globals()).items() if getattr(cfg, name) != default]
+    require({*given} <= {"data_dir"}, f"--{given[0]} is for preparing clips: give --src or --env too" if given else "")
     if reason := fetch(cfg.data_dir):
         print(f"not downloaded: {reason}", flush=True)
     for split in FILES:

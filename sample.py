@@ -32,7 +32,7 @@ from PIL import GifImagePlugin, Image
 from tqdm import tqdm
 
 from config import UserError, all_finite, at_least, one_of, require, run
-from data import decode, fit, load_batch, open_source, replacing, telling, to_network, to_pixels
+from data import at_rate, decode, fit, load_batch, open_source, replacing, telling, to_network, to_pixels
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make
@@ -270,8 +270,10 @@ def load_model(path, width, device):
 def save_weights(path, model, state, width, dtype):
     """Weights for sharing: all that sampling needs, learnt numbers in `dtype`."""
     weights = model.state_dict() | {name: weight.to(dtype) for name, weight in model.named_parameters()}
+    buffer = io.BytesIO()
+    torch.save({key: state[key] for key in WEIGHT_KEYS} | {"model": weights, "ema_width": width}, buffer)
     with replacing(path) as temporary:
-        torch.save({key: state[key] for key in WEIGHT_KEYS} | {"model": weights, "ema_width": width}, temporary)
+        temporary.write_bytes(buffer.getbuffer())
     print(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB")
 
 
@@ -290,7 +292,7 @@ def compute_dtype(device):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Writers. They take frames as these are made, uint8 n c h w each, n samples side by side; the first `given` ones
+# Writers. They take frames as these are made, n c h w each, n samples side by side; the first `given` ones
 # get a bright border. GIFs and films are encoded frame by frame; the other formats need all frames to begin.
 
 GIVEN_COLOUR, MADE_COLOUR = (255, 160, 0), (48, 48, 48)
@@ -315,7 +317,10 @@ def tiled(frames, given, scale):
     for pictures in bordered(frames, given, scale):
         columns = min(len(pictures), 8)
         blank = np.zeros((-len(pictures) % columns, *pictures.shape[1:]), np.uint8)
-        yield rearrange(np.concatenate([pictures, blank]), "(r n) h w c -> (r h) (n w) c", n=columns)
+        picture = rearrange(np.concatenate([pictures, blank]), "(r n) h w c -> (r h) (n w) c", n=columns)
+        require(max(picture.shape) <= 16384, f"{picture.shape[1]} x {picture.shape[0]} pixels are too many for a GIF "
+                                             "or a film: lower --scale, or --samples")
+        yield picture
 
 
 def write_array(file, frames, given, scale, fps):
@@ -382,7 +387,7 @@ def start_rollout(model, clips, stats, settings, actions=None):
 
 
 def roll_out(model, clips, given, frames, stats, settings, actions=None, progress=False, stop=()):
-    """Yields `frames` frames, uint8 b c h w: the first `given` ones of the uint8 clips b t c h w, then the model's own.
+    """Yields `frames` frames b c h w: the first `given` ones of the stored clips b t c h w, then the model's own.
     Fewer, if something comes to be in the list `stop`."""
     rollout = start_rollout(model, clips[:, :given], stats, settings, actions)
     yield from clips[:, :given].cpu().numpy().swapaxes(0, 1)
@@ -530,6 +535,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Answers pages of its own only: those of other sites can neither read the game nor steer it."""
     timeout = 5                                             # seconds for a request to arrive
 
+    def handle(self):
+        with contextlib.suppress(ConnectionError):          # a page that was closed meanwhile
+            super().handle()
+
     def do_GET(self):
         game, frame, status, kind = self.server.game, "", 200, "text/plain"
         try:
@@ -548,9 +557,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         for name, value in (("Content-Type", kind), ("Content-Length", len(body)), ("Cache-Control", "no-store"),
                             ("X-Content-Type-Options", "nosniff"), ("X-Frame", frame)):
             self.send_header(name, str(value))
-        with contextlib.suppress(ConnectionError):          # a page that was closed meanwhile
-            self.end_headers()
-            self.wfile.write(body)
+        self.end_headers()
+        self.wfile.write(body)
 
     do_POST = do_GET
 
@@ -565,7 +573,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             return None
         size = self.headers.get("Content-Length", "")
-        short = size.isascii() and size.isdecimal() and int(size) <= 4096
+        short = size.isascii() and size.isdecimal() and len(size) < 5 and int(size) <= 4096
         require(short, (413, "expected up to 4096 bytes of JSON"), Refused)
         with telling(lambda error: (400, f"no JSON object: {error}"), ValueError, TypeError, RecursionError,
                      become=Refused):
@@ -597,18 +605,21 @@ def serve(game, port):
 # ---------------------------------------------------------------------------------------------------
 # The script.
 
-def read_prompt(path, count, samples, shape, latent):
-    """The first `count` frames of a file, in the model's shape, for every sample: b t c h w, uint8 or latents."""
-    frames = [frame for _, frame in itertools.islice(decode(path), count)]
+def read_prompt(path, count, samples, shape, latent, fps=0.0, letterbox=False, stride=1):
+    """The first `count` frames of a file, as the model's training clips were made of theirs, for every sample:
+    b t c h w, uint8 or latents."""
+    frames = [*itertools.islice(at_rate(decode(path), fps), 0, (count - 1) * stride + 1, stride)]
     require(frames, f"{path} has no frames")
-    require(len(frames) == count, f"{path} has {len(frames)} frames: give --context={len(frames)} or less")
+    timing = " of those that training would take" if fps or stride > 1 else ""
+    require(len(frames) == count, f"{path} has {len(frames)} frames{timing}: give --context={len(frames)} or less")
     require((frames[0].dtype != np.uint8) == latent, f"{path} holds {frames[0].dtype}, and this model was trained on "
                                                      f"{'latents, floats' if latent else 'pixels, uint8'}")
     require(not latent or frames[0].shape == shape, f"{path}: a latent of {frames[0].shape}, expected {shape}")
     _, height, width = shape
     if not latent and frames[0].shape[:2] != (height, width):
-        print(f"{path}: {frames[0].shape[1]} x {frames[0].shape[0]} pixels, cropped and resized to {width} x {height}")
-    clip = torch.from_numpy(np.stack([fit(frame, shape) for frame in frames]))
+        print(f"{path}: {frames[0].shape[1]} x {frames[0].shape[0]} pixels, {'padded' if letterbox else 'cropped'} and "
+              f"resized to {width} x {height}")
+    clip = torch.from_numpy(np.stack([fit(frame, shape, letterbox) for frame in frames]))
     require(clip.isfinite().all(), f"{path} holds latents that are not finite in float16")
     return clip.expand(samples, *clip.shape)
 
@@ -626,6 +637,7 @@ def read_actions(text, frames, samples, action_dim, discrete=None):
     expected = (frames,) if given else (frames, action_dim)
     require(array.shape == expected,
             f"--actions={text}: {array.shape} actions for --frames={frames}, expected {expected}")
+    require(given or np.isfinite(array).all(), f"--actions={text}: not all of its numbers are finite")
     require(not given or 0 <= array.min() and array.max() < action_dim,
             f"--actions={text}: {array.min()} to {array.max()}; this model knows 0 to {action_dim - 1}")
     array = torch.from_numpy(array.astype(np.int64 if given else np.float32))
@@ -683,8 +695,9 @@ def inputs(cfg, model, state):
     whole = cfg.truth or model.cfg.action_dim and not cfg.actions       # of the data's clips more than what is given
     if cfg.prompt:
         latent = bool(state["stats"].get("latent"))
-        clips = read_prompt(cfg.prompt, cfg.context, cfg.samples, model.cfg.frame_shape, latent)
-        print(f"given frames: frames 1 to {cfg.context} of {cfg.prompt}")
+        how = {"stride": state["settings"]["stride"]} | state["stats"].get("made", {})
+        clips = read_prompt(cfg.prompt, cfg.context, cfg.samples, model.cfg.frame_shape, latent, **how)
+        print(f"given frames: frames 1 to {cfg.context} of {cfg.prompt}, by the clips' stride and frame rate")
     elif cfg.context or whole:
         source = open_data(cfg, state, cfg.frames if whole else cfg.context)
         clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
@@ -726,10 +739,14 @@ def main(cfg):
                       progress=True, stop=(stop := []))
     for number in (signal.SIGINT, signal.SIGTERM):          # what has been made is written; a second one ends at once
         signal.signal(number, lambda number, _: sys.exit(128 + number) if stop else stop.append(number))
-    count = itertools.count()
-    frames = (frame for frame, _ in zip(beside(clips, frames) if cfg.truth else frames, count))
-    write(cfg.out, frames, cfg.context, cfg.scale, cfg.fps)
-    print(f"{cfg.out}: {cfg.samples} x {next(count)} frames, the first {cfg.context} given")
+    frames, count = iter(beside(clips, frames) if cfg.truth else frames), itertools.count(1)
+    for first in itertools.islice(frames, 1):               # none, if it is stopped before: then nothing is written
+        frames = (frame for frame, _ in zip(itertools.chain([first], frames), count))
+        write(cfg.out, frames, cfg.context, cfg.scale, cfg.fps)
+        print(f"{cfg.out}: {cfg.samples} x {next(count) - 1} frames, the first {cfg.context} given"
+              f"{', stopped there' if stop else ''}")
+    if stop:
+        raise SystemExit(128 + stop[0])
 
 
 if __name__ == "__main__":

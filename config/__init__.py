@@ -144,7 +144,7 @@ def run(main, script_globals):
         else:
             main(read_settings(script_globals, sys.argv[1:]))
         sys.stdout.flush()  # a closed pipe is noticed here, not at exit
-    except UserError as error:
+    except (UserError, PermissionError) as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:  # python train.py --help | head -3
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

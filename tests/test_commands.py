@@ -355,9 +355,28 @@ def test_an_interrupted_rollout_keeps_the_frames_made_so_far(workshop, tmp_path)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     done = finish(process)
-    assert done.code == 0, done.err
+    assert done.code == 130, done.err
     made = np.load(tmp_path / "a.npy")
-    assert 2 < made.shape[1] < 100_000 and f"x {made.shape[1]} frames" in done.out
+    assert 2 < made.shape[1] < 100_000 and f"x {made.shape[1]} frames, the first 2 given, stopped there" in done.out
+
+
+def test_a_rollout_stopped_before_its_first_frame_leaves_what_was_there(workshop, tmp_path, monkeypatch, capsys):
+    """Nothing is given, and Ctrl-C is pressed before a frame is made."""
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return begin(*arguments)
+    import sample
+    begin, handlers = sample.start_rollout, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(sample, "start_rollout", interrupted)
+    (tmp_path / "a.gif").write_bytes(b"made before")
+    path = workshop[0] / "out/mnist/checkpoint.pt"
+    changes = {"checkpoint": path, "context": 0, "frames": 9, "steps": 1, "out": tmp_path / "a.gif"}
+    with pytest.raises(SystemExit) as ended:
+        sample.main(read_settings(vars(sample), flags(changes)))
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(number, handler)
+    assert ended.value.code == 130 and (tmp_path / "a.gif").read_bytes() == b"made before"
+    assert "frames, the first" not in capsys.readouterr().out
 
 
 def test_the_truth_may_be_shown_above_each_sample(sampled):
@@ -396,8 +415,8 @@ def test_a_users_own_file_is_the_prompt(sampled, tmp_path):
     ({"ema": 1}, ["ema"]),
     ({"sigma_min": 0}, ["sigma_min"]),
     ({"rho": 0.001}, ["rho"]),
-    ({"sigma_max": "inf"}, ["--sigma_max=inf"]),
-    ({"guidance": "nan"}, ["--guidance=nan"]),
+    ({"sigma_max": "inf"}, ["sigma_max=inf"]),
+    ({"guidance": "nan"}, ["guidance=nan"]),
     ({"context_noise": -0.5}, ["--context_noise=-0.5"]),
     ({"fps": 60, "out": "a.gif"}, ["--fps=60", "50"]),
     ({"play": True, "out": "a.pt"}, ["--play", "a.pt"]),

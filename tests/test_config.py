@@ -41,6 +41,8 @@ def main(settings):
         raise UserError("no such folder")
     if settings.out_dir == "interrupt":
         raise KeyboardInterrupt
+    if settings.out_dir == "locked":
+        raise PermissionError(13, "Permission denied", "locked")
     if settings.out_dir == "defect":
         raise RuntimeError("a defect")
     print(settings.batch_size, settings.out_dir, settings.compile)
@@ -223,6 +225,7 @@ optimizer
     ("--batchsize=2", 1, "", "error: command line: unknown setting 'batchsize'; did you mean 'batch_size'?\n"),
     ("--out_dir=missing", 1, "", "error: no such folder\n"),
     ("--out_dir=interrupt", 130, "", ""),
+    ("--out_dir=locked", 1, "", "error: [Errno 13] Permission denied: 'locked'\n"),
 ])
 def test_a_script_run(script, arguments, code, stdout, stderr):
     process = script(arguments)

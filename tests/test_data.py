@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import data
-from config import UserError
+from config import UserError, plain_settings
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "mnist"
 TRAIN, TEST = data.FILES["train"], data.FILES["val"]
@@ -697,10 +697,17 @@ def test_a_folder_that_cannot_be_made_is_a_failed_download(tmp_path, capsys):
     assert "font" in clips.origin and "Not a directory" in out and "https" not in out
 
 
+def test_settings_of_a_preparation_without_a_source_are_refused(monkeypatch):
+    """As in --src=$CLIPS, if that is not set."""
+    monkeypatch.setattr(data, "fetch", lambda _: pytest.fail("fetched MNIST"))
+    with pytest.raises(UserError, match="--size is for preparing clips: give --src or --env"):
+        data.main(SimpleNamespace(**plain_settings(vars(data)) | {"size": 16, "fps": 10.0}))
+
+
 def test_the_script_fetches_what_is_missing(mirror, tmp_path, monkeypatch, capsys):
     (tmp_path / TRAIN).write_bytes(GOOD)
     monkeypatch.setattr(data, "download", partial(data.download, mirrors=[mirror("good")], md5=DIGESTS))
-    data.main(SimpleNamespace(data_dir=str(tmp_path), src="", env=""))
+    data.main(SimpleNamespace(**plain_settings(vars(data)) | {"data_dir": str(tmp_path)}))
     assert Mirror.seen == [f"/good/{TEST}"]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["train:", "3"], ["val:", "3"]]

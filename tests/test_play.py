@@ -311,6 +311,21 @@ def test_a_browser_in_the_terminal_finds_the_page_served(game, monkeypatch):
     assert len(answers) == 1 and answers[0].code == 200
 
 
+def test_a_length_of_thousands_of_digits_is_refused(server):
+    assert ask(server, "POST", body=b"{}", **{"Content-Length": "9" * 5000}).code == 413
+
+
+def test_a_page_that_is_torn_off_leaves_no_traceback(server, capsys):
+    """In the middle of what it sends: the socket is closed without a farewell."""
+    connection = socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
+    connection.sendall(b"POST / HTTP/1.1\r\nHost")
+    time.sleep(0.1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+    time.sleep(0.3)
+    assert ask(server).code == 200 and capsys.readouterr().err == ""
+
+
 def test_a_port_that_is_taken_is_named(game, server):
     with pytest.raises(UserError, match=f"--port={server.server_port} cannot be used"):
         sample.serve(game, server.server_port)

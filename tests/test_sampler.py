@@ -311,6 +311,38 @@ def test_files_that_hold_no_actions_or_another_kind_are_named(tmp_path):
         read_actions(str(tmp_path / "floats.npy"), 3, 1, 3, discrete=True)
     with pytest.raises(UserError, match="0,1,2: int64; this model was trained on vectors of floats"):
         read_actions("0,1,2", 3, 1, 3, discrete=False)
+    np.save(tmp_path / "unknown.npy", np.array([[0.0], [np.nan], [1.0]]))
+    with pytest.raises(UserError, match="unknown.npy: not all of its numbers are finite"):
+        read_actions(str(tmp_path / "unknown.npy"), 3, 1, 1)
+
+
+def test_a_prompt_is_taken_as_the_clips_of_training_were(tmp_path):
+    """Every fifth frame of a GIF of 20 frames a second, at 8 a second and a stride of 2; with bars, not cropped."""
+    wide = np.full((8, 16, 3), 255, np.uint8)
+    Image.fromarray(wide * 0).save(tmp_path / "a.gif", save_all=True, duration=50, append_images=[
+        Image.fromarray(np.uint8(wide * (i / 19))) for i in range(1, 20)])
+    clip = sampling.read_prompt(tmp_path / "a.gif", 4, 1, (1, 8, 8), False, fps=8, letterbox=True, stride=2)
+    assert not clip[0, :, 0, :2].any() and not clip[0, :, 0, -2:].any()
+    levels = clip[0, :, 0, 4, 4].double() / 255 * 19
+    assert levels.round().tolist() == [0, 5, 10, 15]
+    with pytest.raises(UserError, match="has 4 frames of those that training would take: give --context=4"):
+        sampling.read_prompt(tmp_path / "a.gif", 5, 1, (1, 8, 8), False, fps=8, letterbox=True, stride=2)
+
+
+def test_pictures_that_are_too_large_for_a_format_are_named(tmp_path):
+    frames = [np.zeros((8, 1, 32, 32), np.uint8)] * 2
+    for name in ("a.gif", "a.mp4"):
+        with pytest.raises(UserError, match="16896 x 2112 pixels.*--scale"):
+            sampling.write(tmp_path / name, frames, scale=64)
+    assert list(tmp_path.iterdir()) == []
+    sampling.write(tmp_path / "a.gif", frames, scale=1)
+
+
+def test_weights_that_cannot_be_written_are_one_line(tmp_path):
+    model = Denoiser(ModelConfig(channels=32))
+    state = dict.fromkeys(sampling.WEIGHT_KEYS)
+    with pytest.raises(UserError, match="/proc/nowhere/a.pt cannot be written"):
+        sampling.save_weights("/proc/nowhere/a.pt", model, state, 0.05, torch.bfloat16)
 
 
 @pytest.mark.parametrize("discrete", [True, False])

@@ -1,11 +1,14 @@
 """From a folder of anything to clips: what is stored, what is left out and why; nothing half-written counts."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,8 +83,9 @@ def here(tmp_path, monkeypatch):
 
 
 def prepare(folder, **changes):
-    data.prepare(settings(src=str(folder / "src"), out=str(folder / "out"), **changes))
-    return json.loads((folder / "out" / "meta.json").read_text())
+    cfg = settings(**{"src": str(folder / "src"), "out": str(folder / "out")} | changes)
+    data.prepare(cfg)
+    return json.loads(Path(cfg.out, "meta.json").read_text())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -172,9 +176,58 @@ def test_odd_sizes_are_cropped_or_put_between_bars(here, letterbox, expected):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("wanted", [1, 3])
 def test_grey_colour_and_transparent_frames_become_what_is_wanted(here, channels, wanted):
-    np.save(here / "src" / "a.npy", np.concatenate([numbered(3, channels=channels, start=100)], axis=3))
+    frames = numbered(3, channels=channels, start=100)
+    frames[..., 3:] = 255                                   # nothing is transparent
+    np.save(here / "src" / "a.npy", frames)
     prepare(here, channels=wanted)
     assert np.array_equal(stored(here / "out", "a.npy"), numbered(3, channels=wanted, start=100).transpose(0, 3, 1, 2))
+
+
+def test_what_is_transparent_is_black_whatever_colour_it_hides(here):
+    picture = np.zeros((8, 8, 4), np.uint8)
+    picture[:4], picture[4:] = (255, 0, 255, 0), (200, 100, 50, 128)
+    np.save(here / "src" / "a.npy", np.stack([picture] * 2))
+    (here / "src" / "b").mkdir()
+    for i in range(2):
+        Image.fromarray(picture).save(here / "src" / "b" / f"{i}.png")
+    other = picture // np.array([1, 1, 2, 1], np.uint8)
+    Image.fromarray(picture).save(here / "src" / "c.gif", save_all=True, append_images=[Image.fromarray(other)])
+    prepare(here)
+    for name in ("a.npy", "b"):
+        frames = stored(here / "out", name)
+        assert not frames[:, :, :4].any()
+        assert abs(frames[0, :, 4, 0].astype(int) - [100, 50, 25]).max() <= 1
+    assert not stored(here / "out", "c.gif")[:, :, :4].any()
+
+
+def test_an_avis_frames_come_at_its_rate(here):
+    """It stores no times of its own, and a film whose frames are not coded in order has none that can be used."""
+    av = pytest.importorskip("av")
+    with av.open(str(here / "src" / "a.avi"), "w") as film:
+        stream = film.add_stream("libx264", rate=30, options={"bf": "3", "g": "30"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        rng = np.random.default_rng(0)
+        for i in range(24):
+            frame = np.full((32, 32, 3), 10 * i, np.uint8)
+            frame[8 + i % 8:] += rng.integers(0, 9, (24 - i % 8, 32, 3), dtype=np.uint8)
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        film.mux(stream.encode())
+    np.save(here / "src" / "b.npy", numbered(3))
+    prepare(here, fps=30)
+    assert (stored(here / "out", "a.avi")[:, 0, 0, 0] / 10).round().tolist() == list(range(24))
+    prepare(here, fps=10, out=str(here / "tens"))
+    assert (stored(here / "tens", "a.avi")[:, 0, 0, 0] / 10).round().tolist() == list(range(0, 24, 3))
+
+
+def test_files_that_are_not_read_and_pictures_beside_films_are_told(here, capsys):
+    np.save(here / "src" / "a.npy", numbered(3))
+    (here / "src" / "notes.txt").write_text("none")
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(here / "src" / f"thumbnail{i}.png")
+    prepare(here)
+    told = capsys.readouterr().out
+    assert "1 other files, such as notes.txt, are of no kind that is read" in told
+    assert f"{here / 'src'} holds pictures beside films" in told
 
 
 def test_films_and_photographs_are_shown_upright(here):
@@ -444,6 +497,12 @@ def of_actions(actions, frames=5):
     return write
 
 
+def archived_actions(path):
+    of_actions(np.arange(5))(path)
+    with open(path.with_suffix(".actions.npy"), "wb") as file:
+        np.savez(file, a=np.arange(5))
+
+
 BAD = {
     "one.npy": (lambda path: np.save(path, numbered(1)), "1 frames, fewer than min_frames=2"),
     "torn.mp4": (truncated_film, "torn.mp4 cannot be read"),
@@ -461,6 +520,13 @@ BAD = {
     "long.npy": (of_actions(np.arange(6)), "long.actions.npy has 6 actions for 5 frames"),
     "short.npy": (of_actions(np.arange(4)), "short.actions.npy has 4 actions, and short.npy has more frames"),
     "grid.npy": (of_actions(np.zeros((5, 2, 2))), r"grid.actions.npy holds float64 \(5, 2, 2\)"),
+    "picture.npy": (lambda path: np.save(path, numbered(1)[0]), r"picture.npy holds uint8 \(8, 8, 3\): expected"),
+    "flat.npy": (lambda path: np.save(path, np.zeros((3, 0, 8, 3), np.uint8)), r"flat.npy holds uint8 \(3, 0, 8, 3\)"),
+    "archive.npy": (archived_actions, "archive.actions.npy cannot be read"),
+    "many.npy": (of_actions(np.full(5, 2 ** 36)), "many.actions.npy holds int64 .* from 0 to 65535"),
+    "wraps.npy": (of_actions(np.full(5, 2 ** 63 + 5, np.uint64)), "wraps.actions.npy holds uint64"),
+    "vast.npy": (of_actions(np.full((5, 2), 1e20)), "vast.actions.npy holds float64 .* from -1e6 to 1e6"),
+    f"{'x' * 240}.npy": (lambda path: np.save(path, numbered(3)), "its name is too long: rename it"),
     "minus.npy": (of_actions(np.arange(5) - 1), "minus.actions.npy holds int64"),
 }
 
@@ -676,6 +742,57 @@ class KillsItsReader:
         return os._exit, (1,)
 
 
+@pytest.fixture
+def preparing(tmp_path):
+    """A session in which `python data.py` prepares a source that never ends, its worker started."""
+    (tmp_path / "src").mkdir()
+    os.mkfifo(tmp_path / "src" / "a.npy")
+    with open(tmp_path / "told", "w") as told:
+        process = subprocess.Popen([sys.executable, ROOT / "data.py", f"--src={tmp_path / 'src'}", "--workers=1",
+                                    f"--out={tmp_path / 'out'}"], stdout=told, stderr=told, start_new_session=True)
+    try:
+        until(lambda: len(session(process.pid)) > 2)        # itself, a worker, what keeps track of them
+        yield process
+    finally:
+        for pid in session(process.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def session(pid):
+    """The processes of a session that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its_session, *_ = stat.read_text().rpartition(")")[2].split()
+            found += [int(stat.parent.name)] if its_session == str(pid) and state != "Z" else []
+    return found
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_second_ctrl_c_ends_a_preparation_at_once(preparing, tmp_path):
+    def told(text):
+        os.killpg(preparing.pid, signal.SIGINT)             # as a terminal does: to all of them, importing or working
+        time.sleep(0.5)
+        return text in (tmp_path / "told").read_text()
+    until(lambda: told("once more to quit at once"))
+    os.killpg(preparing.pid, signal.SIGINT)
+    assert preparing.wait(30) == 130
+    until(lambda: not session(preparing.pid))
+    assert "Traceback" not in (tmp_path / "told").read_text()
+
+
+def test_workers_end_with_the_process_that_started_them(preparing):
+    time.sleep(4)                                           # imported, and at work
+    preparing.terminate()
+    until(lambda: not session(preparing.pid))
+
+
 def test_a_killed_worker_is_one_line():
     with pytest.raises(UserError, match="was killed.*fewer --workers"):
         data.in_processes(settings(), [KillsItsReader()])
@@ -709,7 +826,8 @@ def test_the_given_frames_do_not_depend_on_what_is_asked_of_a_rollout(prepared):
 
 
 @pytest.mark.parametrize("damage, named", [
-    (lambda out: next(out.glob("clips/*.raw")).write_bytes(b"short"), "has 5 bytes, and meta.json says"),
+    (lambda out: next(out.glob("clips/*.raw")).write_bytes(b"short"), "has 5 bytes, and should have .* prepare"),
+    (lambda out: [path.unlink() for path in out.glob("clips/*.actions.npy")], r"actions\.npy is not there: prepare"),
     (lambda out: (out / "meta.json").write_text("{"), "meta.json cannot be read"),
     (lambda out: (out / "meta.json").write_text("{\"of\": \"another\"}"), "meta.json is not of this program"),
     (lambda out: (out / "meta.json").write_text("[1, 2]"), "meta.json is not of this program"),
@@ -722,6 +840,26 @@ def test_a_damaged_folder_is_named_with_the_fix(prepared, damage, named):
     with pytest.raises(UserError, match=named):
         for split in ("train", "val"):
             source(prepared, split)
+
+
+@pytest.mark.parametrize("suffix", [".raw", ".actions.npy"])
+def test_preparing_again_mends_what_was_damaged(here, prepared, suffix):
+    whole = {path: path.read_bytes() for path in prepared.glob(f"clips/*{suffix}")}
+    first, second, *_ = whole
+    first.unlink()
+    if suffix == ".raw":
+        second.write_bytes(b"short")
+    prepare(here)
+    assert {path: path.read_bytes() for path in whole} == whole
+
+
+def test_a_set_says_how_much_it_holds_so_that_a_run_notices_when_that_changes(here, prepared):
+    before = source(prepared).origin
+    for name in ("0", "1"):                                 # one of them may be held out
+        np.save(here / "src" / f"{name}.npy", numbered(31))
+        np.save(here / "src" / f"{name}.actions.npy", np.arange(31) % 3)
+    prepare(here)
+    assert source(prepared).origin != before
 
 
 @pytest.mark.parametrize("changes, named", [
@@ -839,9 +977,31 @@ def test_an_environment_without_pictures_is_named(here, picture):
         record(here, env=game(gymnasium, gymnasium.spaces.Discrete(3), picture))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("error", [ValueError("no such level"), OSError("no font"), KeyError("score")], ids=repr)
+def test_an_environment_that_fails_is_named(here, error):
+    gymnasium = pytest.importorskip("gymnasium")
+
+    class Picture:
+        def __get__(self, *_):
+            raise error
+    env = game(gymnasium, gymnasium.spaces.Discrete(3), np.zeros((8, 8, 3), np.uint8))
+    gymnasium.registry[env].entry_point.render = property(Picture().__get__)
+    with pytest.raises(UserError, match=f"^--env=Game-v0, episode 0: .*{error.args[0]}"):
+        record(here, env=env)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_actions_of_several_parts_are_refused(here):
+    gymnasium = pytest.importorskip("gymnasium")
+    env = game(gymnasium, gymnasium.spaces.MultiDiscrete([3, 2]), np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match="MultiDiscrete.* only Discrete and flat Box"):
+        record(here, env=env)
+
+
 def test_an_environment_of_a_package_that_is_not_there_is_named(here):
     pytest.importorskip("gymnasium")
-    with pytest.raises(UserError, match="--env=nowhere:Game-v0: No module named 'nowhere'"):
+    with pytest.raises(UserError, match="--env=nowhere:Game-v0, episode 0: No module named 'nowhere'"):
         record(here, env="nowhere:Game-v0")
 
 
