@@ -341,8 +341,8 @@ def test_pictures_that_are_too_large_for_a_format_are_named(tmp_path):
 def test_weights_that_cannot_be_written_are_one_line(tmp_path):
     model = Denoiser(ModelConfig(channels=32))
     state = dict.fromkeys(sampling.WEIGHT_KEYS)
-    with pytest.raises(UserError, match="/proc/nowhere/a.pt cannot be written"):
-        sampling.save_weights("/proc/nowhere/a.pt", model, state, 0.05, torch.bfloat16)
+    with pytest.raises(UserError, match="/proc/a.pt cannot be written"):
+        sampling.save_weights("/proc/a.pt", model, state, 0.05, torch.bfloat16)
 
 
 @pytest.mark.parametrize("discrete", [True, False])
