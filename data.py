@@ -571,12 +571,13 @@ def write_frames(path, name, pairs, cfg):
 def write_actions(path, actions):
     """Discrete ones (t,) as whole numbers, continuous ones (t, a) as floats; nothing where there are none."""
     if actions[0] is None:
-        return dict(action_dim=0, discrete=False)
+        return dict(action_dim=0, discrete=False, reach=0.0)
     actions = np.stack(actions)
     discrete = actions.ndim == 1
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, actions.astype(np.int64 if discrete else np.float32))
-    return dict(action_dim=int(actions.max()) + 1 if discrete else actions.shape[1], discrete=discrete)
+    return dict(action_dim=int(actions.max()) + 1 if discrete else actions.shape[1], discrete=discrete,
+                reach=float(np.abs(np.nan_to_num(actions)).max()))
 
 
 def stored(folder, name, suffix):
@@ -662,6 +663,7 @@ def combine(records, share, left_out, before):
     return dict(statistics(mean, square), dtype=kind[0], shape=kind[1:], left_out=left_out,
                 action_dim=max((record["action_dim"] for record in acted), default=0),
                 discrete=any(record["discrete"] for record in acted),
+                reach=max((record.get("reach", 0.0) for record in acted), default=0.0),
                 train=[clip for clip in clips if clip[0] not in val], val=[clip for clip in clips if clip[0] in val])
 
 
@@ -775,7 +777,7 @@ class VideoClips:
         require(cfg.frame_size == self.shape[1], f"frame_size={cfg.frame_size}: the clips in {folder} are "
                 f"{self.shape[1]} high; train with --frame_size={self.shape[1]}, or choose another folder")
         require(not (cfg.flip and self.action_dim), "flip=True would mirror frames, and not their actions: set False")
-        self.stats = {key: self.meta[key] for key in ("mean", "std", "discrete")}
+        self.stats = {key: self.meta.get(key) for key in ("mean", "std", "discrete", "reach")}
         made = {key: self.meta["made_with"][key] for key in ("fps", "letterbox")}        # of films, for prompts
         self.stats |= {"latent": self.meta["dtype"] != "uint8", "made": made}
         for clip in self.clips:

@@ -433,7 +433,7 @@ $("pause").onclick = event => {
 }
 $("restart").onclick = event => { event.target.blur(); ask({do: "restart"}) }
 function action() {
-  if (game.sliders) return [...document.querySelectorAll("input")].map(slider => +slider.value)
+  if (game.sliders) return [...document.querySelectorAll("input")].map(slider => game.reach * slider.value)
   const key = held[0] ?? tapped ?? 0
   tapped = null
   return keys[key]
@@ -492,7 +492,8 @@ class Game:
         if time.monotonic() - self.seen < 5:
             return 409, BUSY.encode()
         self.player, self.seen = secrets.token_urlsafe(), time.monotonic()
-        game = {"player": self.player, "fps": self.cfg.fps, "actions": 0, "sliders": 0,
+        reach = self.stats.get("reach") or 1                # of actions in training
+        game = {"player": self.player, "fps": self.cfg.fps, "actions": 0, "sliders": 0, "reach": reach,
                 "sliders" if self.continuous else "actions": self.model.cfg.action_dim}
         return 200, PAGE.replace("GAME", json.dumps(game)).encode()
 

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import io
 import json
+import math
 import shutil
 import signal
 import socket
@@ -309,6 +310,15 @@ def test_a_browser_in_the_terminal_finds_the_page_served(game, monkeypatch):
         sample.serve(game, 0)
     signal.signal(signal.SIGINT, handler)
     assert len(answers) == 1 and answers[0].code == 200
+
+
+def test_sliders_reach_as_far_as_the_actions_of_training(game, server):
+    def told():
+        game.seen = -math.inf                               # as if the page before were closed
+        return json.loads(ask(server).body.decode().split("const game = ")[1].split(", $ =")[0])["reach"]
+    assert told() == 1
+    game.stats = game.stats | {"reach": 2.5}
+    assert told() == 2.5
 
 
 def test_a_length_of_thousands_of_digits_is_refused(server):
