@@ -543,9 +543,9 @@ class Run:
             return
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        for later in self.folder.glob("ema-*.pt"):
-            if int(later.stem.removeprefix("ema-")) > self.step:
-                later.unlink()
+        for path in self.folder.glob("ema-*.pt"):
+            if (step := path.stem.removeprefix("ema-")).isdecimal() and int(step) > self.step:
+                path.unlink()
         count = sum(p.numel() for p in self.model.parameters())
         print(f"{count / 1e6:.2f} million parameters on {self.world_size} x {self.device.type}; {origin}", flush=True)
         if self.step == 0 or self.changed:

@@ -1208,8 +1208,10 @@ def test_snapshots_of_steps_that_are_done_again_go_as_their_lines_of_the_log_do(
     folder = tmp_path / "run"
     train.main(tiny(checkpoint_interval=2))
     (folder / "checkpoint.pt").unlink()
+    (folder / "ema-mine.pt").touch()
     train.main(tiny(checkpoint_interval=100, max_steps=5, lr=0.001, init_from="changed"))            # from step 4 on
-    assert sorted(path.name for path in folder.glob("ema-*")) == [f"ema-0000000{step}.pt" for step in (2, 4, 5)]
+    left = sorted(path.name for path in folder.glob("ema-*"))
+    assert left == [*(f"ema-0000000{step}.pt" for step in (2, 4, 5)), "ema-mine.pt"]
     settings = [(entry["step"], entry["settings"]["lr"]) for entry in read_log(folder) if "settings" in entry]
     assert settings == [(0, train.lr), (4, 0.001)]
 
