@@ -698,7 +698,7 @@ def inputs(cfg, model, state):
         latent = bool(state["stats"].get("latent"))
         how = {"stride": state["settings"]["stride"]} | state["stats"].get("made", {})
         clips = read_prompt(cfg.prompt, cfg.context, cfg.samples, model.cfg.frame_shape, latent, **how)
-        print(f"given frames: frames 1 to {cfg.context} of {cfg.prompt}, by the clips' stride and frame rate")
+        print(f"given frames: the first {cfg.context} of {cfg.prompt}, at the frame rate and stride of training")
     elif cfg.context or whole:
         source = open_data(cfg, state, cfg.frames if whole else cfg.context)
         clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
