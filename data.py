@@ -585,14 +585,14 @@ def stored(folder, name, suffix):
     return Path(folder, "clips", f"{name}{suffix}")
 
 
-def damage(folder, kind, name, frames, action_dim, **_):
-    """What is wrong with the files of the clip `name`, of `frames` frames of a shape and dtype, None if nothing is."""
+def damage(folder, kind, name, frames, acted):
+    """What is wrong with the files of the clip `name`, frames of a kind (shape, dtype), or None if nothing is."""
     raw, actions = stored(folder, name, ".raw"), stored(folder, name, ".actions.npy")
     expected = frames * math.prod(kind["shape"]) * np.dtype(kind["dtype"]).itemsize
     found = raw.stat().st_size if raw.exists() else 0
     if found != expected:
         return f"{raw} has {found} bytes, and should have {expected}"
-    if action_dim and not actions.exists():
+    if acted and not actions.exists():
         return f"{actions} is not there"
 
 
@@ -607,7 +607,8 @@ def prepare_source(cfg, name):
                                  for file in sources if file.exists())]
     if record_file.exists():
         record = read_json(record_file)
-        if isinstance(record, dict) and record.get("made_of") == made_of and not damage(cfg.out, record, **record):
+        same = isinstance(record, dict) and record.get("made_of") == made_of
+        if same and not damage(cfg.out, record, name, record["frames"], record["action_dim"]):
             return None
     try:
         pairs = play_episode(cfg, int(name)) if cfg.env else at_rate(with_actions(decode(path), path), cfg.fps)

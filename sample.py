@@ -741,7 +741,8 @@ def main(cfg):
     for number in (signal.SIGINT, signal.SIGTERM):          # what has been made is written; a second one ends at once
         signal.signal(number, lambda number, _: sys.exit(128 + number) if stop else stop.append(number))
     frames, count = iter(beside(clips, frames) if cfg.truth else frames), itertools.count(1)
-    for first in itertools.islice(frames, 1):               # none, if it is stopped before: then nothing is written
+    first = next(frames, None)
+    if first is not None:                                   # or it was stopped before, and nothing is written
         frames = (frame for frame, _ in zip(itertools.chain([first], frames), count))
         write(cfg.out, frames, cfg.context, cfg.scale, cfg.fps)
         print(f"{cfg.out}: {cfg.samples} x {next(count) - 1} frames, the first {cfg.context} given"

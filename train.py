@@ -471,7 +471,7 @@ class Run:
         self.optimizer = make_optimizer(self.model, cfg)
         self.ema = PowerEMA(self.model, cfg.ema_widths)
         self.step, self.recent = 0, []                      # steps done; losses since the last line of the log
-        self.changed = self.evaluated = False               # other settings than before; this step's errors are logged
+        self.changed = False                                # whether other settings than before are gone on with
         self.writer = Writer()
         self.resume(self.path)
         self.network = compiled(self.model) if cfg.compile else self.model
@@ -536,11 +536,10 @@ class Run:
 
     def start_log(self):
         """Rank 0 drops what is there of later steps, lines of the log and snapshots, and says what is trained."""
-        path, origin = self.folder / "log.jsonl", self.source.origin
-        kept = [entry for entry in read_log(path) if self.step and entry["step"] <= self.step]
-        self.evaluated = any("sigmas" in entry for entry in kept if entry["step"] == self.step)
         if self.rank > 0:
             return
+        path, origin = self.folder / "log.jsonl", self.source.origin
+        kept = [entry for entry in read_log(path) if self.step and entry["step"] <= self.step]
         with replacing(path) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         for path in self.folder.glob("ema-*.pt"):
@@ -581,6 +580,11 @@ class Run:
     def due(self, interval):
         """Whether something that happens every `interval` steps, and at the end, happens now."""
         return bool(interval) and (self.step % interval == 0 or self.step == self.cfg.max_steps)
+
+    def evaluated(self):
+        """Whether the log has the errors of the step that was last done."""
+        entries = read_log(self.folder / "log.jsonl")
+        return any(entry["step"] == self.step and "sigmas" in entry for entry in entries)
 
     def evaluate(self):
         """Error table and picture with the first averaged weights, printed, logged, drawn."""
@@ -657,7 +661,7 @@ def train(run, batches, bar, stop):
     """Steps until the end, or until any process was asked to stop."""
     cfg, skipped = run.cfg, 0
     frames, steps, seconds = cfg.batch_size * cfg.noised_copies * run.source.frames, 0, 0.0       # of a step; since the
-    if run.due(cfg.eval_interval) and run.step and not run.evaluated:                    # last line of the log
+    if run.step and run.due(cfg.eval_interval) and not run.evaluated():                  # last line of the log
         run.evaluate()                                      # it was cut off
     while run.step < cfg.max_steps and not anywhere(stop, run.device):
         began = time.perf_counter()
