@@ -494,7 +494,8 @@ def main(cfg):
     for rows in (memory_tables if cfg.dataset == "world" else efficiency_tables)(entries):
         print_markdown(rows)
     long = {entry["title"]: entry["drift"] for entry in entries if "drift" in entry}
-    rows = SimpleNamespace(given=cfg.eval_context, frames=cfg.drift_frames, every=max(1, cfg.drift_frames // 7))
+    every = max(1, (cfg.drift_frames - cfg.eval_context) // 4)
+    rows = SimpleNamespace(given=cfg.eval_context, frames=cfg.drift_frames, every=every)
     for title, values in long.items():
         drift.print_table(title, values, rows)
     if cfg.plot and long:

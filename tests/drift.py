@@ -35,7 +35,7 @@ solver = ("euler",)             # euler, heun
 steps = (6,)                    # steps per frame
 sigma_min = (0.2,)              # last noise level before 0
 sigma_max = (40.0,)             # first noise level
-context_noise = (0.05,)         # noise levels at which the past is read
+context_noise = (-1.0,)         # noise levels at which the past is read; -1: half the largest of the training
 guidance = (1.0,)               # history guidance; 1 is none
 churn = (0.0,)                  # fresh noise per frame, at noise levels from 0.05 to 50
 ema = 0.05                      # width of the averaged weights
@@ -152,13 +152,16 @@ def draw(path, results, cfg):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    width = max(1, cfg.frames // 50)                        # running mean
+    width = max(1, cfg.frames // 50)                        # of the running mean, drawn at its middle
+    middles = np.arange(cfg.frames - width + 1) + (width + 1) / 2
     for (name, figures), style in zip(results.items(), ["-", "--", ":", "-."] * len(results), strict=False):
         for axis, key in zip(axes, ("identity", "ink", "ink_spread"), strict=True):
-            axis.plot(np.convolve(figures[key], np.ones(width) / width, "valid"), style, label=name)
-    for axis, title in zip(axes, ("digits still recognised (share)", "ink / given ink, mean over clips",
+            means = np.convolve(figures[key], np.ones(width) / width, "valid")
+            axis.plot(middles, means, style, label=name)
+    for axis, label in zip(axes, ("digits recognised (share)", "ink / given ink, mean over clips",
                                   "ink / given ink, deviation over clips"), strict=True):
-        axis.set(title=title, xlabel="frame", ylim=(0, None))
+        axis.set(xlabel="frame", ylabel=label, ylim=(0, None))
+    figure.suptitle(f"running means over {width} frames")
     axes[0].legend()
     with replacing(path) as temporary:
         plt.savefig(temporary, format="png", dpi=110)
@@ -173,6 +176,7 @@ def main(cfg):
     settings.data_dir = cfg.data_dir or settings.data_dir
     check_judged(settings, f"{path} was trained on")
     truth, labels, net = judged(settings, cfg.clips, cfg.seed)
+    cfg.context_noise = tuple(settings.context_noise / 2 if level == -1 else level for level in cfg.context_noise)
     results = {"truth": measure(truth, truth, labels, net)}
     print_table("truth", results["truth"], cfg)
     for values in itertools.product(*(getattr(cfg, name) for name in VARIED)):

@@ -1,13 +1,15 @@
 """The drift figures' labels belong to the digits that data.py draws, whichever MNIST files there are."""
 
 import gzip
+import json
 from types import SimpleNamespace
 
 import drift
 import numpy as np
 import pytest
+import torch
 
-from config import UserError
+from config import UserError, read_settings
 from data import FILES, load_digits
 
 COUNTS = {"train": 40, "val": 30}
@@ -84,3 +86,27 @@ def test_the_table_says_how_far_other_clips_might_have_been(capsys):
     drift.print_table("some way", {"identity": [1, 0.5, 0.25], "seen": seen}, cfg)
     rows = [line.split() for line in capsys.readouterr().out.strip().splitlines()]
     assert rows[2] == ["identity", "0.38"] and rows[3] == ["+-", f"{np.std([1, 0.5, 0, 0], ddof=1) / 2:.2f}"]
+
+
+def test_the_past_is_read_as_in_training_unless_other_levels_are_asked_for(monkeypatch, folder, tmp_path):
+    """The rollouts are the true clips here, whose first pixel is the digit that the classifier sees."""
+    settings = {"dataset": "digits", "digits": 1, "data_dir": str(folder), "context_noise": 0.3}
+    truth, told = torch.randint(1, 10, (2, 6, 1, 4, 4), dtype=torch.uint8), []
+    labels, truth[..., 0, 0] = torch.tensor([3, 7]), torch.tensor([3, 7])[:, None, None]
+
+    def net(frames):
+        return torch.eye(10)[(frames[:, 0, 0, 0] * 255).round().long()]
+
+    def roll_out(model, clips, given, frames, stats, how, progress):
+        told.append(how["context_noise"])
+        return clips.numpy().swapaxes(0, 1)
+    monkeypatch.setattr(drift, "load_model", lambda *_: (SimpleNamespace(), {"settings": settings, "stats": {}}))
+    monkeypatch.setattr(drift, "judged", lambda *_: (truth, labels, net))
+    monkeypatch.setattr(drift, "roll_out", roll_out)
+    flags = ["--frames=6", f"--out={tmp_path}/drift.json", "--checkpoint=c.pt", "--device=cpu"]
+    drift.main(read_settings(vars(drift), flags))
+    drift.main(read_settings(vars(drift), [*flags, "--context_noise=-1,0", f"--plot={tmp_path}/drift.png"]))
+    assert told == [0.15, 0.15, 0.0] and (tmp_path / "drift.png").stat().st_size > 10_000
+    figures = json.loads((tmp_path / "drift.json").read_text())
+    assert list(figures) == ["truth", "context_noise 0.15", "context_noise 0.0"]
+    assert figures["context_noise 0.0"]["identity"] == [1] * 6 and figures["truth"]["error"] == [0] * 6
