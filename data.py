@@ -494,8 +494,8 @@ TWO_FILES = "prepare two files or more, as one is held out; one long film can be
 
 
 def made_with(cfg):
-    """The settings that are the same for all clips of a set."""
-    names = ("env", "size", "channels", "fps", "letterbox", "max_frames", "min_frames", "seed")
+    """The settings that clips are made with, the same for all of a set."""
+    names = ("env", "size", "channels", "letterbox", "min_frames", *(("max_frames", "seed") if cfg.env else ("fps",)))
     return {name: getattr(cfg, name) for name in names}
 
 
@@ -682,7 +682,7 @@ def check_prepare(cfg):
             f"--env={cfg.env}: gymnasium, which runs environments, is not installed: pip install gymnasium")
     meta, wanted = Path(cfg.out, "meta.json"), made_with(cfg)
     before = read_meta(cfg.out)["made_with"] if meta.exists() else {}
-    changed = [f"{name} was {old}, now {wanted.get(name)}" for name, old in before.items() if wanted.get(name) != old]
+    changed = [f"{name} was {before[name]}, now {now}" for name, now in wanted.items() if before.get(name, now) != now]
     if not (before and any(Path(cfg.out).glob("clips/**/*.json"))):     # nothing was prepared with them
         changed = []
         with replacing(meta) as temporary:
@@ -779,7 +779,7 @@ class VideoClips:
                 f"{self.shape[1]} high; train with --frame_size={self.shape[1]}, or choose another folder")
         require(not (cfg.flip and self.action_dim), "flip=True would mirror frames, and not their actions: set False")
         self.stats = {key: self.meta.get(key) for key in ("mean", "std", "discrete", "reach")}
-        made = {key: self.meta["made_with"][key] for key in ("fps", "letterbox")}        # of films, for prompts
+        made = {key: self.meta["made_with"].get(key) for key in ("fps", "letterbox")}        # of films, for prompts
         self.stats |= {"latent": self.meta["dtype"] != "uint8", "made": made}
         for clip in self.clips:
             wrong = damage(folder, self.meta, *clip)

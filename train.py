@@ -38,11 +38,11 @@ from model import Denoiser, ModelConfig
 
 # -- output
 out_dir = "out/mnist"           # checkpoints, log.jsonl and pictures go here
-init_from = "auto"              # auto: go on from out_dir's checkpoint; changed: with other settings too; scratch: anew
+init_from = "auto"              # auto: go on from out_dir's checkpoint; changed: with other settings too; scratch: no
 tensorboard = False             # write the log for TensorBoard too
 log_interval = 20               # optimizer steps between lines in log.jsonl
 eval_interval = 500             # optimizer steps between evaluations, each with a picture; 0: never
-checkpoint_interval = 500       # optimizer steps between checkpoints
+checkpoint_interval = 500       # optimizer steps between checkpoints with snapshots; evaluations save one too
 # -- data
 dataset = "digits"              # digits or world (made on the fly), or video (a prepared folder)
 data_dir = "data/mnist"         # folder of the MNIST files, or of the prepared clips
@@ -62,8 +62,8 @@ patch_size = 4                  # n x n pixels are folded into channels before t
 channels = 32                   # at the finest level
 channel_mults = (1, 2)          # per level; each level halves the resolution
 blocks_per_level = 1            # residual blocks per level
-video_attn_resolutions = (4,)   # feature map heights with attention, before the decoder over the past
-frame_attn_resolutions = ()     # ... with attention within each frame
+video_attn_resolutions = (4,)   # feature map heights with attention: over the past, in the decoder within a frame
+frame_attn_resolutions = ()     # ... with attention within a frame alone
 head_dim = 32                   # attention head dimension; a power of two, 16 to 64
 window = 8                      # frames that attention sees, the present one included
 temporal_kernel = 2             # frames that convolutions before the decoder see, the present one included
@@ -78,10 +78,10 @@ context_noise = 0.0             # largest noise level of the clean copy, drawn p
 batch_size = 4                  # clips per optimizer step, over all processes
 accumulate = 1                  # micro-batches that each optimizer step is computed in
 max_steps = 3000                # optimizer steps
-optimizer = "muon"              # muon: orthogonal steps, less than half as many; or adam
+optimizer = "muon"              # muon: orthogonal steps, of which fewer are needed; or adam
 lr = 0.02                       # peak learning rate: how far a step moves a weight, of 1 on average
 warmup_steps = 100              # steps of linear warm-up
-decay = "linear"                # after warm-up: linear (to 0 at max_steps), or sqrt: lr / sqrt(step / ref_steps)
+decay = "linear"                # linear, from step 0 to 0 at max_steps, or sqrt: lr / sqrt(step / ref_steps)
 ref_steps = 1000                # step at which the sqrt decay sets in
 grad_clip = 1.0                 # largest gradient norm; larger ones are scaled down
 max_skipped = 20                # steps in a row without a finite gradient, after which the run ends
@@ -406,7 +406,7 @@ def draw_log(folder):
 # A run: what a checkpoint holds, and where it runs.
 
 def check_settings(cfg):
-    """UserError for what would otherwise fail late, or silently do nothing."""
+    """UserError for what would otherwise fail late."""
     at_least(cfg, 1, "max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval", "channels",
              "patch_size", "blocks_per_level", "accumulate", "max_skipped", "ref_steps", "picture_steps")
     at_least(cfg, 0, "seed", "eval_interval", "eval_context", "context_noise", "action_dropout", "dropout", "P_std",

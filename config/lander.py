@@ -11,7 +11,7 @@ data_dir = "data/lander"
 frames, frame_size = 24, 64
 action_dropout = 0.1            # so that it also dreams on without a pilot
 
-# 32 x 32 patches of 4 pixels, then 16 x 16, then 8 x 8, where attention sees the last 16 frames
+# 32 x 32 patches of 4 pixels, then 16 x 16, then 8 x 8, where attention sees 16 frames, the present one included
 patch_size = 2
 channels, channel_mults, blocks_per_level = 64, (1, 1, 2), 1
 video_attn_resolutions, head_dim, window = (8,), 64, 16

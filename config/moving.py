@@ -5,11 +5,11 @@
 """
 out_dir = "out/moving"
 dataset = "digits"
-frames, frame_size = 12, 64     # the ten given ones and two: the window never sees more
+frames, frame_size = 12, 64     # two more than attention sees
 digits, digit_size = 2, 28
 speed, whole_pixels, bounce = (3.6, 3.6), False, "reflect"    # as published: any direction, rounded to draw
 
-# 32 x 32 patches of 4 pixels, then 16 x 16, 8 x 8, and 4 x 4, where attention sees the ten given frames
+# 32 x 32 patches of 4 pixels, then 16 x 16, 8 x 8, and 4 x 4, where attention sees ten frames, the present one included
 patch_size = 2
 channels, channel_mults, blocks_per_level = 32, (1, 1, 2, 2), 1
 video_attn_resolutions, window = (4,), 10

@@ -7,7 +7,7 @@ dataset = "video"
 data_dir = "data/video"
 frames, frame_size = 32, 64
 
-# 32 x 32 patches of 4 pixels; attention at 16 x 16 and 8 x 8 sees the last 16 frames
+# 32 x 32 patches of 4 pixels; attention at 16 x 16 and 8 x 8 sees 16 frames, the present one included
 patch_size = 2
 channels, channel_mults, blocks_per_level = 128, (1, 2, 4), 2
 video_attn_resolutions, head_dim, window = (16, 8), 64, 16

@@ -668,6 +668,7 @@ def test_what_is_done_is_not_done_again_and_what_changed_is(prepared, monkeypatc
     made, write = [], data.write_frames
     monkeypatch.setattr(data, "write_frames", lambda path, *rest: made.append(path.name) or write(path, *rest))
     prepare(prepared.parent)
+    prepare(prepared.parent, seed=1, max_frames=50)                     # which are an environment's
     assert made == []
     np.save(prepared.parent / "src" / "2.npy", numbered(30))
     np.save(prepared.parent / "src" / "2.actions.npy", np.arange(30) % 3)
