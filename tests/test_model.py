@@ -398,6 +398,14 @@ def test_a_copied_cache_goes_on_by_itself_from_the_same_past():
     assert cache.position == 5 and branch.position == 7
 
 
+def test_rotations_are_whole_turns_a_period_from_a_radian_a_frame_down_in_equal_ratios():
+    cos, sin = m.rotation(torch.tensor([1]), 16, torch.float64)[:, 0, 0, 0]
+    turns = torch.atan2(sin, cos) * m.ROTARY_PERIOD / (2 * math.pi)     # a period
+    assert farthest(turns, turns.round()) < 1e-3
+    ideal = torch.logspace(math.log10(m.ROTARY_PERIOD / (2 * math.pi)), 0, 17)[:16]
+    assert farthest(turns, ideal.round()) < 1e-3
+
+
 def test_a_rotation_in_time_repeats_after_a_period_exactly():
     q = torch.randn(1, 1, 5, 2, 3, 16)
     assert torch.equal(rotated(q, 7), rotated(q, 7 + m.ROTARY_PERIOD))
@@ -858,6 +866,21 @@ def test_a_missing_past_does_not_shrink_a_skip(kernel):
     x = torch.randn(8 * 2 * 6, 64, 6, 6)
     found = rms(m.PastSkip(64, kernel)(x, m.Sequence(2, 6)).unflatten(0, (8, 6)), keep=[1])
     assert found.shape == (6,) and (found - 1).abs().max() < 0.05, found
+
+
+def test_each_level_has_the_attention_it_is_given_and_time_is_mixed_before_the_decoder():
+    """Attention over the past before the decoder, within a frame in it; or within a frame alone; or none. Each block's
+    first convolution sees the clean frames before, unless it is the decoder's."""
+    denoiser, attention, kernels = network(frame_shape=(1, 16, 16), channel_mults=(1, 1, 1), window=5), {}, {}
+    for part in ("encoder", "middle", "decoder"):
+        blocks, heights = getattr(denoiser.unet, part), attention.setdefault(part, set())
+        kernels[part] = {block.conv0.kernel for block in blocks}
+        for layer in (block.attention for block in blocks if block.attention):
+            layer.register_forward_hook(
+                lambda layer, inputs, _, heights=heights: heights.add((inputs[0].shape[2], layer.window)))
+    denoiser(*training_inputs(denoiser, frames=2)[:2])
+    assert attention == {"encoder": {(8, 1), (4, 5)}, "middle": {(4, 5)}, "decoder": {(4, 1), (8, 1)}}
+    assert kernels == {"encoder": {2}, "middle": {2}, "decoder": {1}}
 
 
 def test_recomputing_in_the_backward_pass_saves_memory_and_changes_nothing():
