@@ -347,6 +347,19 @@ def test_the_context_may_be_read_in_chunks_of_any_length(chunks, kernel):
     assert_same_frames(frame_by_frame(denoiser, *inputs, chunks=chunks), denoiser(*inputs)[0])
 
 
+def test_what_depends_on_the_position_alone_is_computed_once_for_all_passes_on_a_frame():
+    cache, made = Cache(), []
+
+    def square(positions, factor):
+        made.append(positions.item())
+        return factor * positions ** 2
+    for frame in range(3):
+        for _ in range(2):
+            assert m.Sequence(cache=cache).of_positions(square, "cpu", 5) == 5 * frame ** 2
+        cache.advance()
+    assert made == [0, 1, 2, 3]
+
+
 def test_a_context_with_a_noise_level_is_read_as_in_training():
     denoiser = network()
     x, sigma, _ = training_inputs(denoiser, frames=7)
@@ -567,6 +580,15 @@ def test_every_block_keeps_the_magnitude_at_initialisation_at_every_frame(change
     for block in zip(*squares, strict=True):
         found = torch.stack(block).mean(0).sqrt()                       # copy, frame
         assert 0.8 < found.min() and found.max() < 1.25, found
+
+
+def test_an_encoder_block_normalises_every_pixel_of_its_trunk_over_the_channels():
+    block = network().unet.encoder[0]
+    block.attention, block.conv1.weight.data[:] = None, 0               # the trunk alone
+    x = torch.randn(6, 16, 8, 8) * torch.randn(6, 1, 8, 8).exp()
+    found = block(x, torch.zeros(6, 32), m.Sequence(2, 3))
+    assert farthest(rms(found, keep=[0, 2, 3]), torch.full((6, 8, 8), m.TRUNK)) < 1e-5
+    assert farthest(found / m.TRUNK, x / rms(x, keep=[0, 2, 3])[:, None]) < 1e-5
 
 
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4])
