@@ -36,7 +36,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from tqdm import tqdm
 
-from config import UserError, all_finite, at_least, one_of, plain_settings, require, run
+from config import UserError, all_finite, at_least, changed, one_of, require, run
 
 # -- preparing clips
 src = ""                    # folder of films, GIFs, arrays and folders of pictures
@@ -906,10 +906,13 @@ class Batches(Iterator, contextlib.AbstractContextManager):
 
 def main(cfg):
     """Prepares clips, or fetches MNIST ahead of time and says what is there."""
+    where, idle = "without --src or --env", changed(cfg, globals()) - {"data_dir"}
+    if cfg.src or cfg.env:
+        where, others = ("with --src", {"episodes", "max_frames", "seed"}) if cfg.src else ("with --env", {"fps"})
+        idle = changed(cfg, globals()) & (others | {"data_dir"})
+    require(not idle, f"--{', --'.join(sorted(idle))} does nothing {where}: leave it out")
     if cfg.src or cfg.env:
         return prepare(cfg)
-    given = [name for name, default in plain_settings(globals()).items() if getattr(cfg, name) != default]
-    require({*given} <= {"data_dir"}, f"--{given[0]} is for preparing clips: give --src or --env too" if given else "")
     if reason := fetch(cfg.data_dir):
         print(f"not downloaded: {reason}", flush=True)
     for split in FILES:

@@ -31,7 +31,7 @@ from einops import rearrange
 from PIL import GifImagePlugin, Image
 from tqdm import tqdm
 
-from config import UserError, all_finite, at_least, one_of, require, run
+from config import UserError, all_finite, at_least, changed, one_of, require, run
 from data import at_rate, decode, fit, load_batch, open_source, replacing, telling, to_network, to_pixels
 from model import Cache, Denoiser, ModelConfig
 
@@ -670,7 +670,8 @@ def check_settings(cfg):
             f"--prompt={cfg.prompt} with --context={cfg.context}: give how many of its frames to take")
     require(cfg.play or cfg.context <= cfg.frames,
             f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
-    require(not (cfg.play and cfg.out.endswith(".pt")), f"--play makes no --out={cfg.out}: leave one of them out")
+    idle = changed(cfg, globals()) & {"out", "frames", "samples", "truth", "actions"}
+    require(not (cfg.play and idle), f"--{', --'.join(sorted(idle))} does nothing with --play: leave it out")
     if not cfg.out.endswith(".pt"):
         check_extension(cfg.out)
 

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import sample
-from config import UserError, all_finite, at_least, one_of, require
+from config import UserError, all_finite, at_least, changed, one_of, require
 from config import run as run_script
 from data import Batches, load_batch, measure, open_source, replacing, to_network
 from model import Denoiser, ModelConfig
@@ -102,6 +102,10 @@ recompute = False               # in the backward pass, what blocks computed: le
 FREE_TO_CHANGE = {"init_from", "out_dir", "data_dir", "log_interval", "eval_interval", "checkpoint_interval",
                   "tensorboard", "device", "compile", "shard", "recompute", "accumulate", "max_skipped", "eval_clips",
                   "eval_context", "picture_frames", "picture_steps"}
+
+UNUSED = {"digits": {"stride", "flip", "canvas_size", "action_dropout"},                 # by each dataset
+          "world": {"stride", "flip", "bounce", "whole_pixels"},
+          "video": {"digits", "digit_size", "speed", "canvas_size", "whole_pixels", "bounce"}}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -406,7 +410,10 @@ def draw_log(folder):
 # A run: what a checkpoint holds, and where it runs.
 
 def check_settings(cfg):
-    """UserError for what would otherwise fail late."""
+    """UserError for what would otherwise fail late; what does nothing is told."""
+    idle = changed(cfg, globals()) & UNUSED.get(cfg.dataset, set())
+    if idle and os.environ.get("RANK", "0") == "0":
+        print(f"dataset={cfg.dataset} makes no use of {', '.join(sorted(idle))}", flush=True)
     at_least(cfg, 1, "max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval", "channels",
              "patch_size", "blocks_per_level", "accumulate", "max_skipped", "ref_steps", "picture_steps")
     at_least(cfg, 0, "seed", "eval_interval", "eval_context", "context_noise", "action_dropout", "dropout", "P_std",

@@ -48,6 +48,11 @@ def plain_settings(names):
             and isinstance(value, (bool, int, float, str, tuple, list))}
 
 
+def changed(cfg, script_globals):
+    """The settings that are not at their defaults."""
+    return {key for key, default in plain_settings(script_globals).items() if getattr(cfg, key, default) != default}
+
+
 def as_flag(key, value):
     return f"--{key}={','.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
 

@@ -406,6 +406,7 @@ def test_a_users_own_file_is_the_prompt(sampled, tmp_path):
     ({"actions": "0,1"}, ["--actions=0,1", "without actions"]),
     ({"prompt": "nothing.gif", "truth": True}, ["--truth", "--prompt"]),
     ({"prompt": "nothing.gif"}, ["nothing.gif"]),
+    ({"prompt": "nothing.gif", "context": 0}, ["--prompt=nothing.gif with --context=0"]),
     ({"prompt": ROOT / "readme_images/mask.png", "context": 2}, ["mask.png", "1 frame", "--context=1"]),
     ({"split": "test"}, ["split", "test"]),
     ({"device": "abacus"}, ["abacus"]),
@@ -419,7 +420,7 @@ def test_a_users_own_file_is_the_prompt(sampled, tmp_path):
     ({"guidance": "nan"}, ["guidance=nan"]),
     ({"context_noise": -0.5}, ["--context_noise=-0.5"]),
     ({"fps": 60, "out": "a.gif"}, ["--fps=60", "50"]),
-    ({"play": True, "out": "a.pt"}, ["--play", "a.pt"]),
+    ({"play": True, "truth": True}, ["--truth does nothing with --play"]),
 ], ids=lambda value: " ".join(value))
 def test_mistakes_that_need_a_checkpoint_to_show_are_named(command, workshop, tmp_path, changes, named):
     path = workshop[0] / "out/mnist/checkpoint.pt"

@@ -697,11 +697,17 @@ def test_a_folder_that_cannot_be_made_is_a_failed_download(tmp_path, capsys):
     assert "font" in clips.origin and "Not a directory" in out and "https" not in out
 
 
-def test_settings_of_a_preparation_without_a_source_are_refused(monkeypatch):
-    """As in --src=$CLIPS, if that is not set."""
-    monkeypatch.setattr(data, "fetch", lambda _: pytest.fail("fetched MNIST"))
-    with pytest.raises(UserError, match="--size is for preparing clips: give --src or --env"):
-        data.main(SimpleNamespace(**plain_settings(vars(data)) | {"size": 16, "fps": 10.0}))
+@pytest.mark.parametrize("given, named", [
+    ({"size": 16, "fps": 10.0}, "--fps, --size does nothing without --src or --env"),               # as in --src=$UNSET
+    ({"src": "clips", "seed": 1, "fps": 10.0}, "--seed does nothing with --src"),
+    ({"env": "CartPole-v1", "seed": 1, "fps": 10.0}, "--fps does nothing with --env"),
+    ({"src": "clips", "data_dir": "out"}, "--data_dir does nothing with --src"),
+], ids=" ".join)
+def test_settings_that_would_do_nothing_are_refused(given, named, monkeypatch):
+    for work in ("fetch", "prepare"):
+        monkeypatch.setattr(data, work, lambda _: pytest.fail("went to work"))
+    with pytest.raises(UserError, match=named):
+        data.main(SimpleNamespace(**plain_settings(vars(data)) | given))
 
 
 def test_the_script_fetches_what_is_missing(mirror, tmp_path, monkeypatch, capsys):

@@ -683,6 +683,8 @@ def test_fourier_features_have_unit_variance_and_tell_inputs_apart(inputs):
         step = torch.zeros(1, inputs)
         step[0, i] = 1
         assert abs((features(step) * features(torch.zeros(1, inputs))).mean()) < 0.15
+        alike = (features(step / 5) * features(torch.zeros(1, inputs))).mean().item()
+        assert alike == pytest.approx(math.exp(-2 * (math.pi / 5) ** 2), abs=0.1)       # of frequencies N(0, 1)
 
 
 def test_a_linear_layer_keeps_unit_variance():

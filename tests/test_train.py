@@ -1480,6 +1480,22 @@ def test_a_setting_that_cannot_work_is_one_line_that_names_it(tiny, tmp_path, ke
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize("dataset, own", [
+    ("digits", {"digits", "digit_size", "speed", "whole_pixels", "bounce"}),
+    ("world", {"digits", "digit_size", "speed", "canvas_size", "action_dropout"}),
+    ("video", {"stride", "flip", "action_dropout"})])
+def test_what_a_dataset_makes_no_use_of_is_told(dataset, own, tiny, monkeypatch, capsys):
+    changes = {"digits": 3, "digit_size": 11, "stride": 2, "flip": True, "action_dropout": 0.5, "speed": (1.5, 2.0),
+               "canvas_size": 99, "whole_pixels": False, "bounce": "random"}
+    train.check_settings(tiny(dataset=dataset, frame_size=48, **changes))
+    told = capsys.readouterr().out
+    assert told.startswith(f"dataset={dataset} makes no use of ")
+    assert set(told.split(" of ")[1].strip().split(", ")) == changes.keys() - own
+    monkeypatch.setenv("RANK", "1")
+    train.check_settings(tiny(dataset=dataset, **changes))
+    assert capsys.readouterr().out == ""
+
+
 def test_fewer_channels_than_a_patch_has_values_are_refused(tiny, tmp_path):
     """They cannot carry its noise, which would stay in every frame: seen on RGB patches of 4 x 4 in 32 channels."""
     train.build_model(tiny(), open_source(tiny(), "val"), CPU)           # 16 in 16
