@@ -36,7 +36,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from tqdm import tqdm
 
-from config import UserError, all_finite, at_least, changed, one_of, require, run
+from config import UserError, all_finite, at_least, not_default, one_of, require, run
 
 # -- preparing clips
 src = ""                    # folder of films, GIFs, arrays and folders of pictures
@@ -787,7 +787,8 @@ class VideoClips:
         self.ends = np.cumsum([length - self.span + 1 for _, length, _ in self.clips])   # of each clip's windows
         self.stream = (cfg.seed, STREAMS[split])
         total = sum(length for _, length, _ in self.clips)
-        self.origin = f"{len(self.clips)} {split} clips, {total} frames, of {folder}"
+        made = zlib.crc32(json.dumps([self.meta["mean"], self.meta["std"], self.meta["made_with"]]).encode())
+        self.origin = f"{len(self.clips)} {split} clips, {total} frames, of {folder}, set {made:08x}"
 
     def clip(self, index):
         """Clip `index` as (uint8 or float16 (t, c, h, w), actions (t,) or (t, a) or None)."""
@@ -833,11 +834,21 @@ def statistics(mean, square):
 
 
 def measure(source, clips=256):
-    """The `statistics` of the first clips, and what kind of actions a set has; prepared clips know both."""
+    """The `statistics` of the first clips, whether they are latents, and what kind of actions they have and how far
+    these reach; prepared clips know it all."""
     if hasattr(source, "stats"):
         return source.stats
-    measured = statistics(*np.mean([moments(source.clip(index)[0]) for index in range(clips)], axis=0))
-    return measured | {"discrete": True}                    # of the worlds that are made here
+    measured, reach = [], 0.0
+    for index in range(clips):
+        frames, actions = source.clip(index)
+        require(frames.shape == (source.frames, *source.shape) and frames.dtype in (np.uint8, np.float16), f"clip "
+                f"{index} is {frames.dtype} {frames.shape}: expected uint8, or float16 latents, of frames and shape "
+                f"{(source.frames, *source.shape)}")
+        measured.append(moments(frames))
+        if actions is not None:
+            reach = max(reach, float(np.abs(np.nan_to_num(actions)).max()))
+    return statistics(*np.mean(measured, axis=0)) | {"latent": frames.dtype != np.uint8, "reach": reach,
+                                                     "discrete": actions is None or actions.dtype.kind != "f"}
 
 
 def per_channel(stats, device):
@@ -906,10 +917,10 @@ class Batches(Iterator, contextlib.AbstractContextManager):
 
 def main(cfg):
     """Prepares clips, or fetches MNIST ahead of time and says what is there."""
-    where, idle = "without --src or --env", changed(cfg, globals()) - {"data_dir"}
+    where, idle = "without --src or --env", not_default(cfg, globals()) - {"data_dir"}
     if cfg.src or cfg.env:
         where, others = ("with --src", {"episodes", "max_frames", "seed"}) if cfg.src else ("with --env", {"fps"})
-        idle = changed(cfg, globals()) & (others | {"data_dir"})
+        idle = not_default(cfg, globals()) & (others | {"data_dir"})
     require(not idle, f"--{', --'.join(sorted(idle))} does nothing {where}: leave it out")
     if cfg.src or cfg.env:
         return prepare(cfg)

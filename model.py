@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from config import require
+from config import at_least, require
 
 # ---------------------------------------------------------------------------------------------------
 # Magnitude-preserving operations: unit variance in, unit variance out (EDM2, section 2 and appendix B).
@@ -89,13 +89,13 @@ class MPWeight(nn.Module):
         weight, known, compiling = self.weight, self.frozen, torch.compiler.is_compiling()
         key = dtype, gain, weight.device
         if weight.requires_grad or compiling and known[0] != key:
-            return self.scale(dtype, gain)
+            return self.compute_scaled(dtype, gain)
         state = known[1] if compiling else (weight._version, weight.data_ptr())   # a copied model counts anew
         if known[:2] != (key, state):
-            self.frozen = known = key, state, self.scale(dtype, gain)
+            self.frozen = known = key, state, self.compute_scaled(dtype, gain)
         return known[2]
 
-    def scale(self, dtype, gain):
+    def compute_scaled(self, dtype, gain):
         rows = self.weight.flatten(1) * (gain / math.sqrt(self.fan_in))         # flat, or gradients have other strides
         return rows.view_as(self.weight).to(dtype)
 
@@ -249,8 +249,8 @@ class CausalConv(MPWeight):
     def table(self, x, seq):
         return seq.of_positions(past_gain, x.device, self.kernel, x.dtype)
 
-    def scale(self, dtype, gain):
-        return super().scale(dtype, gain).transpose(0, 1).contiguous()                  # k c_out c_in 3 3
+    def compute_scaled(self, dtype, gain):
+        return super().compute_scaled(dtype, gain).transpose(0, 1).contiguous()                  # k c_out c_in 3 3
 
     def past(self, x, weight, seq):
         """What the clean frames before each frame add to it: x b s t h w c_in -> b t h w c_out."""
@@ -300,7 +300,8 @@ class PastSkip(CausalConv):
 # ---------------------------------------------------------------------------------------------------
 # Video attention: one softmax over all that `sees` allows. q, k, v: b s t m p d (m heads, p = h w places, d dim).
 
-ROTARY_PERIOD, FRAMES_AT_ONCE = 1024, 16                    # after which positions repeat; attended to in one call
+ROTARY_PERIOD = 1024                                        # frames, after which positions repeat
+FRAMES_AT_ONCE = 16                                         # attended to in one call on a CPU
 
 
 def rotation(positions, pairs, dtype):
@@ -358,8 +359,9 @@ def block_mask(copies, frames, positions, window, device):
 
 @functools.cache
 def compiled_flex_attention():
-    torch._dynamo.config.recompile_limit = 64               # of shapes: beyond it, as if not compiled, the full score
-    return torch.compile(flex_attention, dynamic=False)     # matrix would be built
+    # Beyond this many shapes, as if not compiled, the full score matrix would be built.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def attend_flex(q, k, v, mask):
@@ -456,8 +458,8 @@ class ModelConfig:
         for wanted in (*self.video_attn_resolutions, *self.frame_attn_resolutions):
             require(wanted in heights, f"no level has the attention resolution {wanted}: feature maps are "
                                        f"{', '.join(map(str, heights))} high")
-        require(1 <= self.window <= ROTARY_PERIOD // 2 and self.temporal_kernel >= 1, f"window {self.window} must be 1 "
-                f"to {ROTARY_PERIOD // 2} frames and temporal_kernel {self.temporal_kernel} at least 1")
+        at_least(self, 1, "window", "temporal_kernel")
+        require(self.window <= ROTARY_PERIOD // 2, f"window={self.window}: at most {ROTARY_PERIOD // 2} frames")
         widths = [self.channels * mult for mult in self.channel_mults]
         windows = [self.window if h in self.video_attn_resolutions else int(h in self.frame_attn_resolutions)
                    for h in heights]
@@ -665,7 +667,7 @@ class Denoiser(nn.Module):
     @torch.no_grad()
     def project_gradients(self):
         """Remove from every gradient what only changes a weight's length, before the optimizer step (EDM2 Eq. 47)."""
-        for weight in (p for p in self.parameters() if p.ndim > 1):
+        for weight in (p for p in self.parameters() if p.ndim > 1 and p.grad is not None):
             along = (weight * weight.grad).mean(tuple(range(1, weight.ndim)), keepdim=True)       # |w|^2 = fan in
             weight.grad.sub_(weight * along)
 

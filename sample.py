@@ -31,7 +31,7 @@ from einops import rearrange
 from PIL import GifImagePlugin, Image
 from tqdm import tqdm
 
-from config import UserError, all_finite, at_least, changed, one_of, require, run
+from config import UserError, all_finite, at_least, not_default, one_of, require, run
 from data import at_rate, decode, fit, load_batch, open_source, replacing, telling, to_network, to_pixels
 from model import Cache, Denoiser, ModelConfig
 
@@ -43,7 +43,7 @@ frames = 24                 # frames per sample, the given ones included
 samples = 4                 # samples side by side, each from its own clip
 context = 4                 # given frames at the start of each sample; 0 starts from nothing
 prompt = ""                 # film, GIF, picture or .npy whose first frames are given; empty: clips of the data
-actions = ""                # one per frame, given ones included: 0,2,1,.. or a .npy file; empty: those of the data
+actions = ""                # one per frame, given ones included: 0,2,1,.. or a .npy file; none; empty: the data's
 split = "val"               # data split that the given frames come from: val or train
 first_clip = 0              # index of the first sample's clip in that split
 data_dir = ""               # folder of the data; empty: the one used in training
@@ -89,6 +89,7 @@ def noise_levels(steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho):
 def reverse_diffusion(denoise, x, levels, solver="euler", generator=None, churn=0.0, churn_min=0.05, churn_max=50.0):
     """From noise x at levels[0] down to levels[-1]; the last step, to 0, is an Euler step with either solver. Heun
     is more accurate, but divides the denoiser's error by the next noise level: with few steps Euler does better."""
+    require(solver in ("euler", "heun"), f"solver {solver!r}: choose 'euler' or 'heun'", ValueError)
     for sigma, sigma_next in zip(levels[:-1], levels[1:], strict=True):
         if churn and churn_min <= sigma <= churn_max:
             raised = sigma * (1 + min(churn / (len(levels) - 1), math.sqrt(2) - 1))
@@ -113,8 +114,8 @@ class Rollout(collections.abc.Iterator):
     before it becomes the past, as it is when shown. Frame t's noise is a function of (seed, t) alone."""
 
     def __init__(self, model, clip, levels, seed=0, actions=None, limits=None, context_noise=0.0, guidance=1.0,
-                 **how):
-        self.model, self.levels, self.seed, self.how = model, levels, seed, how          # how: solver and churn
+                 solver="euler", churn=0.0):
+        self.model, self.levels, self.seed, self.how = model, levels, seed, {"solver": solver, "churn": churn}
         self.actions, self.limits, self.context_noise, self.guidance = actions, limits, context_noise, guidance
         self.shape, self.device = (clip.shape[0], *clip.shape[2:]), clip.device
         self.cache, self.no_past = Cache(clip.device), Cache(clip.device)
@@ -473,18 +474,19 @@ class Game:
     def __init__(self, model, source, stats, cfg, settings, device):
         self.model, self.source, self.stats, self.cfg, self.settings = model, source, stats, cfg, settings
         require(not stats.get("latent"), "--play shows pictures, and this model makes latents")
+        self.continuous = not stats.get("discrete")         # or there are none
         self.device, self.lock = device, threading.Lock()
         self.player, self.seen, self.number = secrets.token_urlsafe(), -math.inf, cfg.first_clip
         self.restart()
 
     def restart(self):
-        """Begins anew from the next clip's first frames."""
-        clips, actions = load_batch(self.source, [self.number], self.device)
+        """Begins anew from the next clip's first frames, or from nothing."""
+        black = torch.zeros(1, 1, *self.model.cfg.frame_shape, dtype=torch.uint8, device=self.device)
+        clips, actions = load_batch(self.source, [self.number], self.device) if self.source else (black[:, :0], None)
         self.number, clips = self.number + 1, clips[:, :self.cfg.context]
-        self.continuous = actions is not None and actions.is_floating_point()
         given = None if actions is None else actions[:, :self.cfg.context]
         self.rollout = start_rollout(self.model, clips, self.stats, self.settings, given)
-        shown = clips.cpu().numpy().swapaxes(0, 1) if len(clips[0]) else [np.zeros((1, *self.source.shape), np.uint8)]
+        shown = (clips if len(clips[0]) else black).cpu().numpy().swapaxes(0, 1)
         self.last = collections.deque(shown, maxlen=300)    # frames that a GIF shows
 
     def page(self):
@@ -666,11 +668,13 @@ def check_settings(cfg):
     require(0 <= cfg.ema <= 0.25, f"--ema={cfg.ema}: a width is above 0 and at most 0.25; 0 takes the raw weights")
     require(not (cfg.prompt and (cfg.truth or cfg.play)),
             f"--truth and --play need clips of the data: they cannot be used with --prompt={cfg.prompt}")
+    require(not cfg.truth or cfg.actions in ("", "none"),
+            f"--truth shows clips under their own actions, not --actions={cfg.actions}: leave one of them out")
     require(not cfg.prompt or cfg.context > 0,
             f"--prompt={cfg.prompt} with --context={cfg.context}: give how many of its frames to take")
     require(cfg.play or cfg.context <= cfg.frames,
             f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
-    idle = changed(cfg, globals()) & {"out", "frames", "samples", "truth", "actions"}
+    idle = not_default(cfg, globals()) & {"out", "frames", "samples", "truth", "actions"}
     require(not (cfg.play and idle), f"--{', --'.join(sorted(idle))} does nothing with --play: leave it out")
     if not cfg.out.endswith(".pt"):
         check_extension(cfg.out)
@@ -682,9 +686,13 @@ def open_data(cfg, state, frames):
     settings = SimpleNamespace(**state["settings"])
     settings.frames = frames if cfg.data_dir else max(frames, settings.frames)
     settings.data_dir = cfg.data_dir or settings.data_dir
-    source, wanted = open_source(settings, cfg.split), SimpleNamespace(**state["model_config"])
-    fits = tuple(source.shape) == tuple(wanted.frame_shape) and source.action_dim in \
-        (wanted.action_dim, wanted.action_dim if cfg.play else 0)
+    try:
+        source, wanted = open_source(settings, cfg.split), SimpleNamespace(**state["model_config"])
+    except UserError as error:
+        raise UserError(f"{error} (or go on from a --prompt, or from nothing: --context=0; a model with actions then "
+                        "needs --actions, too)") from error
+    acts = source.action_dim == wanted.action_dim or not (source.action_dim or cfg.play)
+    fits = tuple(source.shape) == tuple(wanted.frame_shape) and acts
     require(fits, f"{settings.data_dir}: frames of {tuple(source.shape)} and {source.action_dim} actions; this model "
                   f"knows {tuple(wanted.frame_shape)} and {wanted.action_dim}")
     print(f"given frames: {source.origin}", flush=True)
@@ -694,6 +702,7 @@ def open_data(cfg, state, frames):
 def inputs(cfg, model, state):
     """(the clips that the samples begin with, the actions of all their frames or None)."""
     clips, actions = torch.zeros(cfg.samples, 0, *model.cfg.frame_shape, dtype=torch.uint8), None
+    untold = cfg.actions == "none"
     whole = cfg.truth or model.cfg.action_dim and not cfg.actions       # of the data's clips more than what is given
     if cfg.prompt:
         latent = bool(state["stats"].get("latent"))
@@ -703,13 +712,13 @@ def inputs(cfg, model, state):
     elif cfg.context or whole:
         source = open_data(cfg, state, cfg.frames if whole else cfg.context)
         clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
-    if cfg.actions:
+    if cfg.actions and not untold:
         return clips, read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim,
                                    state["stats"].get("discrete"))
-    if actions is None and model.cfg.action_dim:
-        require(state["settings"]["action_dropout"], "the given frames have no actions, and this model needs them: "
-                                                     "give --actions, or train it with action_dropout")
-        print("no --actions given: the model is told none")
+    if model.cfg.action_dim and (untold or actions is None):
+        require(state["settings"]["action_dropout"], "this model needs actions, and there are none: give --actions, or "
+                                                     "train it with action_dropout")
+        print("the model is told no actions")
         actions = torch.full((cfg.samples, cfg.frames), -1)
     return clips, actions
 
@@ -734,7 +743,7 @@ def main(cfg):
         cfg.context_noise = state["settings"]["context_noise"] / 2
         print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")
     if cfg.play:
-        source = open_data(cfg, state, max(cfg.context, 1))
+        source = open_data(cfg, state, cfg.context) if cfg.context else None
         return serve(Game(model, source, state["stats"], cfg, rollout_settings(cfg), device), cfg.port)
     clips, actions = (None if part is None else part.to(device) for part in inputs(cfg, model, state))
     frames = roll_out(model, clips, cfg.context, cfg.frames, state["stats"], rollout_settings(cfg), actions,

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import sample
-from config import UserError, all_finite, at_least, changed, one_of, require
+from config import UserError, all_finite, at_least, not_default, one_of, plain_settings, require
 from config import run as run_script
 from data import Batches, load_batch, measure, open_source, replacing, to_network
 from model import Denoiser, ModelConfig
@@ -89,7 +89,7 @@ ema_widths = (0.05, 0.1)        # power-function averages of the weights, as fra
 # -- evaluation
 eval_clips = 32                 # held-out clips per evaluation
 eval_sigmas = (0.1, 0.3, 1.0, 3.0, 10.0)    # noise levels of the error table
-eval_context = 4                # frames of context from which the table's second column counts, and pictures start
+eval_context = 4                # frames of context from which the table's second row counts, and pictures start
 picture_frames = 16             # frames in the pictures, the given ones included; no more than a clip has
 picture_steps = 6               # Euler steps per frame in the pictures
 # -- system
@@ -101,7 +101,7 @@ recompute = False               # in the backward pass, what blocks computed: le
 
 FREE_TO_CHANGE = {"init_from", "out_dir", "data_dir", "log_interval", "eval_interval", "checkpoint_interval",
                   "tensorboard", "device", "compile", "shard", "recompute", "accumulate", "max_skipped", "eval_clips",
-                  "eval_context", "picture_frames", "picture_steps"}
+                  "eval_sigmas", "eval_context", "picture_frames", "picture_steps"}
 
 UNUSED = {"digits": {"stride", "flip", "canvas_size", "action_dropout"},                 # by each dataset
           "world": {"stride", "flip", "bounce", "whole_pixels"},
@@ -134,7 +134,7 @@ def sum_over_ranks(x):
     return x
 
 
-def anywhere(happened, device):
+def any_process(happened, device):
     """Whether a list of what happened holds something, in this process or in another one."""
     if not dist.is_initialized():
         return bool(happened)
@@ -411,11 +411,13 @@ def draw_log(folder):
 
 def check_settings(cfg):
     """UserError for what would otherwise fail late; what does nothing is told."""
-    idle = changed(cfg, globals()) & UNUSED.get(cfg.dataset, set())
-    if idle and os.environ.get("RANK", "0") == "0":
-        print(f"dataset={cfg.dataset} makes no use of {', '.join(sorted(idle))}", flush=True)
+    idle = not_default(cfg, globals()) & UNUSED.get(cfg.dataset, set())
+    remarks = {f"dataset={cfg.dataset} makes no use of {', '.join(sorted(idle))}": idle,
+               f"frames={cfg.frames}: no frame will see window={cfg.window} frames": cfg.frames < cfg.window}
+    for remark in (text for text, true in remarks.items() if true and os.environ.get("RANK", "0") == "0"):
+        print(remark, flush=True)
     at_least(cfg, 1, "max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval", "channels",
-             "patch_size", "blocks_per_level", "accumulate", "max_skipped", "ref_steps", "picture_steps")
+             "patch_size", "blocks_per_level", "batch_size", "accumulate", "max_skipped", "ref_steps", "picture_steps")
     at_least(cfg, 0, "seed", "eval_interval", "eval_context", "context_noise", "action_dropout", "dropout", "P_std",
              "warmup_steps")
     all_finite(cfg, "grad_clip")
@@ -512,7 +514,9 @@ class Run:
                 print(f"{error}; taking the one before it")
                 with contextlib.suppress(FileNotFoundError):            # else it would take that one's place
                     self.path.replace(self.folder / "checkpoint-damaged.pt")
-        old, new = state["settings"], vars(self.cfg)
+        require(state["step"] <= self.cfg.max_steps, f"{path} is of step {state['step']} already, more than "
+                                                     f"max_steps={self.cfg.max_steps}: set more, or another out_dir")
+        old, new = plain_settings(globals()) | state["settings"], vars(self.cfg)         # what is new had its default
         changed = [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
                    if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
         moved = f" {Path(new['data_dir'])}".join(state["origin"].rsplit(f" {Path(old['data_dir'])}", 1))
@@ -536,7 +540,8 @@ class Run:
         self.ema.load(state["ema"])
         if changed and self.rank == 0:
             print(f"going on with other settings: {'; '.join(changed)}", flush=True)
-        self.step, self.recent, self.stats = state["step"], state["recent"], state["stats"]
+        self.step, self.recent = state["step"], state["recent"]
+        self.stats = self.stats | {key: state["stats"][key] for key in ("mean", "std")}      # that weights are used to
         self.changed = bool(changed)
         if self.rank == 0:
             print(f"resuming {path} at step {self.step} of {self.cfg.max_steps}", flush=True)
@@ -667,10 +672,11 @@ def optimizer_step(model, optimizer, step, cfg):
 def train(run, batches, bar, stop):
     """Steps until the end, or until any process was asked to stop."""
     cfg, skipped = run.cfg, 0
-    frames, steps, seconds = cfg.batch_size * cfg.noised_copies * run.source.frames, 0, 0.0       # of a step; since the
-    if run.step and run.due(cfg.eval_interval) and not run.evaluated():                  # last line of the log
-        run.evaluate()                                      # it was cut off
-    while run.step < cfg.max_steps and not anywhere(stop, run.device):
+    frames = cfg.batch_size * cfg.noised_copies * run.source.frames         # of a step
+    steps, seconds = 0, 0.0                                                 # since the last line of the log
+    if run.step and run.due(cfg.eval_interval) and not run.evaluated():     # it was cut off
+        run.evaluate()
+    while run.step < cfg.max_steps and not any_process(stop, run.device):
         began = time.perf_counter()
         if cfg.dropout:
             torch.manual_seed(cfg.seed + run.step * run.world_size + run.rank)

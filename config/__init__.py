@@ -48,7 +48,7 @@ def plain_settings(names):
             and isinstance(value, (bool, int, float, str, tuple, list))}
 
 
-def changed(cfg, script_globals):
+def not_default(cfg, script_globals):
     """The settings that are not at their defaults."""
     return {key for key, default in plain_settings(script_globals).items() if getattr(cfg, key, default) != default}
 
@@ -87,7 +87,7 @@ def read_file(path):
         where = f"{path}, line {ran[-1] if ran else getattr(error, 'lineno', 1)}"
         raise UserError(f"{where}: {type(error).__name__}: {getattr(error, 'msg', error)}") from error
     return {key: value for key, value in names.items()
-            if not key.startswith("_") and not isinstance(value, ModuleType) and not callable(value)}
+            if not (key.startswith("_") or key.isupper() or isinstance(value, ModuleType) or callable(value))}
 
 
 def find_overrides(argv, defaults):
@@ -114,13 +114,15 @@ def read_settings(defaults, argv):
     for where, key, value in find_overrides(argv, defaults):
         if key not in defaults:
             closest = "".join(difflib.get_close_matches(key, defaults, n=1, cutoff=0))
-            raise UserError(f"{where}: unknown setting {key!r}; did you mean {closest!r}?")
+            own = "" if where == "command line" else " (names of your own begin with _, or are CAPITALS)"
+            raise UserError(f"{where}: unknown setting {key!r}; did you mean {closest!r}?{own}")
         try:
             settings[key] = convert(value, defaults[key])
         except ValueError:
             default, what = defaults[key], f"is {value!r}" if value is not None else "has no value"
             example = as_flag(key, default) if where == "command line" else f"{key} = {default!r}"
-            raise UserError(f"{where}: {key} {what}, expected {type(default).__name__}, as in {example}") from None
+            of = f" of {type(default[0]).__name__}" if default and isinstance(default, (tuple, list)) else ""
+            raise UserError(f"{where}: {key} {what}, expected {type(default).__name__}{of}, as in {example}") from None
     return SimpleNamespace(**settings)
 
 

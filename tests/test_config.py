@@ -145,7 +145,8 @@ def test_types_in_a_file(config_file):
 @pytest.mark.parametrize(("key", "text", "expected"), [
     ("batch_size", "1.5", "int, as in --batch_size=8"), ("batch_size", "True", "int, as in --batch_size=8"),
     ("lr", "fast", "float, as in --lr=0.01"), ("compile", "2", "bool, as in --compile=False"),
-    ("channel_mults", "1,0.5", "tuple, as in --channel_mults=1,2"), ("betas", "x", "list, as in --betas=0.9,0.99"),
+    ("channel_mults", "1,0.5", "tuple of int, as in --channel_mults=1,2"),
+    ("betas", "x", "list of float, as in --betas=0.9,0.99"),
 ])
 def test_wrong_type_in_a_flag(key, text, expected):
     assert refusal(f"--{key}={text}") == f"command line: {key} is {text!r}, expected {expected}"
@@ -157,11 +158,16 @@ def test_wrong_type_in_a_flag(key, text, expected):
 ])
 def test_wrong_type_in_a_file(config_file, line):
     path, (key, value) = config_file(line), line.split(" = ")
-    expected = f"{type(DEFAULTS[key]).__name__}, as in {key} = {DEFAULTS[key]!r}"
+    kind = {"channel_mults": "tuple of int"}.get(key, type(DEFAULTS[key]).__name__)
+    expected = f"{kind}, as in {key} = {DEFAULTS[key]!r}"
     assert refusal(path) == f"{path}: {key} is {value}, expected {expected}"
 
 
 # Mistakes other than types.
+
+
+def test_names_of_ones_own_in_a_file_are_no_settings(config_file):
+    assert read(config_file("BASE = 3\n_twice = 2 * BASE\nbatch_size = _twice\n")).batch_size == 6
 
 
 def test_unknown_key(config_file):
@@ -169,7 +175,8 @@ def test_unknown_key(config_file):
     assert "did you mean 'out_dir'?" in refusal("--out-dir", "x")
     assert "unknown setting '_private'" in refusal("--_private=2")
     path = config_file("lr = 1\nbatchsize = 2\n")
-    assert refusal(path) == f"{path}: unknown setting 'batchsize'; did you mean 'batch_size'?"
+    assert refusal(path) == (f"{path}: unknown setting 'batchsize'; did you mean 'batch_size'? (names of your own "
+                             "begin with _, or are CAPITALS)")
 
 
 def test_missing_value():

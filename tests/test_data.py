@@ -414,6 +414,24 @@ def test_measure_agrees_with_all_pixels_at_once():
     assert all(type(value) is float for value in stats["mean"] + stats["std"])
 
 
+def test_measure_says_what_kind_of_frames_and_actions_a_source_of_ones_own_has():
+    assert {"latent": False, "discrete": False, "reach": 19.0}.items() <= data.measure(Colours(), clips=20).items()
+    latents, moves = Colours(), Colours()
+    latents.clip = lambda index: (Colours().clip(index)[0].astype(np.float16), None)
+    assert {"latent": True, "discrete": True, "reach": 0.0}.items() <= data.measure(latents, clips=3).items()
+    moves.clip = lambda index: (Colours().clip(index)[0], np.full(4, index))
+    assert {"discrete": True, "reach": 2.0}.items() <= data.measure(moves, clips=3).items()
+
+
+@pytest.mark.parametrize("frames", [np.zeros((4, 3, 6, 6), np.float32), np.zeros((4, 6, 6, 3), np.uint8),
+                                    np.zeros((5, 3, 6, 6), np.uint8)], ids=lambda x: f"{x.dtype} {x.shape}")
+def test_a_source_of_ones_own_with_other_frames_than_it_says_is_refused(frames):
+    source = Colours()
+    source.clip = lambda index: (frames, None)
+    with pytest.raises(UserError, match="expected uint8, or float16 latents, .* \\(4, 3, 6, 6\\)"):
+        data.measure(source)
+
+
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0])
 def test_every_pixel_value_survives_the_network_scale(sigma_data):
     stats = dict(mean=[0.07, 0.5, 1.0], std=[0.004, 0.3, 1.0])

@@ -316,7 +316,7 @@ def test_sliders_reach_as_far_as_the_actions_of_training(game, server):
     def told():
         game.seen = -math.inf                               # as if the page before were closed
         return json.loads(ask(server).body.decode().split("const game = ")[1].split(", $ =")[0])["reach"]
-    assert told() == 1
+    assert told() == (4 if game.model.cfg.action_dim else 1)            # as of the five moves, or of none
     game.stats = game.stats | {"reach": 2.5}
     assert told() == 2.5
 
@@ -341,6 +341,17 @@ def test_a_port_that_is_taken_is_named(game, server):
         sample.serve(game, server.server_port)
     with pytest.raises(UserError, match="--port=99999"):
         sample.serve(game, 99999)
+
+
+def test_a_game_from_nothing_needs_no_data(game):
+    """Weights that were shared, say; what kind of actions they know stands with them."""
+    alone = sample.Game(game.model, None, game.stats, game.cfg, game.settings, CPU)
+    alone.page()
+    for expected in ("frame 1", "frame 2"):
+        picture, told = alone.play({"player": alone.player, "do": "frame", "action": game.an_action})
+        assert told == expected and picture[:4] == b"\x89PNG"
+    alone.play({"player": alone.player, "do": "restart"})
+    assert alone.rollout.cache.position == 0 and alone.continuous == game.continuous
 
 
 def test_latents_cannot_be_played(game):

@@ -357,6 +357,41 @@ def test_without_data_at_hand_the_checkpoint_says_what_kind_of_actions_a_model_k
         sampling.inputs(cfg, model, state)
 
 
+def test_none_for_actions_tells_a_model_nothing_of_them_if_it_learnt_to_do_without(capsys):
+    cfg = SimpleNamespace(samples=2, frames=5, context=0, truth=False, prompt="", actions="none")
+    model, state = small_model(action_dim=3), {"stats": {}, "settings": {"action_dropout": 0.1}}
+    clips, actions = sampling.inputs(cfg, model, state)
+    assert clips.shape == (2, 0, 1, 4, 4) and actions.tolist() == [[-1] * 5] * 2
+    assert "told no actions" in capsys.readouterr().out
+    state["settings"]["action_dropout"] = 0.0
+    with pytest.raises(UserError, match="this model needs actions"):
+        sampling.inputs(cfg, model, state)
+
+
+def test_a_rollout_hands_on_how_to_sample(model, context, monkeypatch):
+    told = []
+    monkeypatch.setattr(sampling, "reverse_diffusion", lambda denoise, x, levels, **how: told.append(how) or x)
+    next(Rollout(model, context, LEVELS, solver="heun", churn=3.0))
+    next(Rollout(model, context, LEVELS))
+    assert [(how["solver"], how["churn"]) for how in told] == [("heun", 3.0), ("euler", 0.0)]
+
+
+def test_an_unknown_solver_is_refused(model, context):
+    with pytest.raises(ValueError, match="'ddim': choose"):
+        next(Rollout(model, context, LEVELS, solver="ddim"))
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_pixels_stay_from_black_to_white_and_latents_are_free(latent):
+    model, stats = small_model(), {"mean": [0.25], "std": [5.0], "latent": latent}
+    clips = torch.zeros(2, 3, 1, 4, 4, dtype=torch.float16 if latent else torch.uint8)
+    rollout = sampling.start_rollout(model, clips, stats, {"levels": [50.0, 0.0]})
+    frames = torch.cat([next(rollout) for _ in range(4)])
+    black, white = (model.cfg.sigma_data * (x - 0.25) / 5 for x in (0, 1))
+    inside = frames.min() >= black - 1e-6 and frames.max() <= white + 1e-6
+    assert bool(inside) != latent and frames.std() > 0
+
+
 def test_a_rollout_ends_with_its_actions(context):
     model = small_model(action_dim=3)
     actions = torch.zeros(2, 9, dtype=torch.long)

@@ -889,18 +889,18 @@ def assert_refused(cfg, folder):
 def test_a_run_that_another_process_was_asked_to_stop_saves_too(tiny, tmp_path, monkeypatch):
     asked = []
     at_step(monkeypatch, 2, lambda: asked.append(1))
-    monkeypatch.setattr(train, "anywhere", lambda happened, device: happened or asked)
+    monkeypatch.setattr(train, "any_process", lambda happened, device: happened or asked)
     with suppress(SystemExit):
         train.main(tiny())
     assert load(tmp_path / "run")["step"] == 3
 
 
 def test_what_happened_in_another_process_is_heard_of(monkeypatch):
-    assert train.anywhere([1], CPU) and not train.anywhere([], CPU)
+    assert train.any_process([1], CPU) and not train.any_process([], CPU)
     monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
     for elsewhere in (0, 1, 3):
         monkeypatch.setattr(train, "sum_over_ranks", lambda x, n=elsewhere: x + n)
-        assert train.anywhere([1], CPU) and bool(train.anywhere([], CPU)) == (elsewhere > 0)
+        assert train.any_process([1], CPU) and bool(train.any_process([], CPU)) == (elsewhere > 0)
 
 
 def test_a_run_from_scratch_that_torchrun_starts_again_goes_on(tiny, tmp_path, monkeypatch):
@@ -956,9 +956,25 @@ def test_a_run_goes_on_with_the_scale_of_the_data_it_began_with(half_done, monke
     """Measured anew, a folder that has grown would rescale what a half-trained network is given."""
     folder, cfg = half_done
     before, cfg.max_steps, cfg.init_from = load(folder)["stats"], cfg.max_steps + 1, "changed"
-    monkeypatch.setattr(train, "measure", lambda source: {"mean": [0.9], "std": [0.01]})
+    monkeypatch.setattr(train, "measure", lambda source: before | {"mean": [0.9], "std": [0.01], "reach": 7.0})
+    train.main(cfg)                                         # how far actions reach is no matter of scale
+    assert load(folder)["step"] == cfg.max_steps and load(folder)["stats"] == before | {"reach": 7.0}
+
+
+def test_a_run_that_is_farther_than_asked_is_not_said_to_be_done(half_done):
+    folder, cfg = half_done
+    cfg.max_steps, cfg.init_from = 50, "changed"
+    assert "is of step 60 already" in assert_refused(cfg, folder)
+
+
+def test_a_setting_that_a_run_did_not_have_yet_had_its_default(half_done, monkeypatch):
+    """As when one was added to train.py."""
+    folder, cfg = half_done
+    monkeypatch.setattr(train, "ball_radius", 4.0, raising=False)
+    cfg.ball_radius = 4.0
     train.main(cfg)
-    assert load(folder)["step"] == cfg.max_steps and load(folder)["stats"] == before
+    cfg.ball_radius = 5.0
+    assert "ball_radius was 4.0, now 5.0" in assert_refused(cfg, folder)
 
 
 def test_a_run_does_not_go_on_with_other_data_unasked(half_done, digits, tmp_path, monkeypatch, capsys):
@@ -1132,7 +1148,8 @@ def test_a_run_is_not_overwritten(half_done, init_from):
 def test_settings_that_do_not_touch_the_result_may_change(half_done, tmp_path, capsys):
     folder, cfg = half_done
     vars(cfg).update(log_interval=3, eval_interval=0, checkpoint_interval=7, eval_clips=3, eval_context=1,
-                     picture_frames=2, picture_steps=1, accumulate=4, out_dir=str(tmp_path / "moved"))
+                     eval_sigmas=(2.0,), picture_frames=2, picture_steps=1, accumulate=4,
+                     out_dir=str(tmp_path / "moved"))
     shutil.move(folder, cfg.out_dir)
     train.main(cfg)
     assert "resuming" in capsys.readouterr().out
@@ -1494,6 +1511,12 @@ def test_what_a_dataset_makes_no_use_of_is_told(dataset, own, tiny, monkeypatch,
     monkeypatch.setenv("RANK", "1")
     train.check_settings(tiny(dataset=dataset, **changes))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("frames, told", [(5, "frames=5: no frame will see window=6 frames\n"), (6, "")])
+def test_clips_shorter_than_the_window_are_told(tiny, frames, told, capsys):
+    train.check_settings(tiny(frames=frames, window=6, picture_frames=5))
+    assert capsys.readouterr().out == told
 
 
 def test_fewer_channels_than_a_patch_has_values_are_refused(tiny, tmp_path):

@@ -863,6 +863,16 @@ def test_a_set_says_how_much_it_holds_so_that_a_run_notices_when_that_changes(he
     assert source(prepared).origin != before
 
 
+def test_two_sets_of_as_many_frames_made_in_two_ways_are_told_apart(here):
+    for i in range(3):
+        np.save(here / "src" / f"{i}.npy", numbered(9, h=16, start=9 * i))
+    origins = set()
+    for name, letterbox in (("bars", True), ("crop", False), ("again", False)):
+        prepare(here, out=str(here / name), letterbox=letterbox)
+        origins.add(source(here / name).origin.replace(name, ""))
+    assert len(origins) == 2
+
+
 @pytest.mark.parametrize("changes, named", [
     (dict(frames=21, stride=2), "has the 41 frames"), (dict(frame_size=16), "train with --frame_size=8"),
     (dict(stride=0), "stride=0"), (dict(flip=True), "flip=True"),
