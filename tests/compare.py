@@ -463,7 +463,7 @@ def finished_entry(name, cfg, device):
     """From its file, or trained now."""
     budget = f"{cfg.minutes:g}min" if cfg.minutes else f"{cfg.gflop:g}"
     path = Path(cfg.out, f"{cfg.dataset}-{name}-{budget}.json")
-    free = train.FREE_TO_CHANGE - {"eval_clips", "eval_context"} | {"max_steps"}         # which `gflop` replaces
+    free = train.FREE_TO_CHANGE - {"eval_clips", "eval_sigmas", "eval_context"} | {"max_steps"}     # by `gflop`
     names = {*plain_settings(DEFAULTS), "minutes", "points", "drift_frames", "memory_frames"} - free
     asked = {name: getattr(cfg, name) for name in sorted(names)}
     if not path.exists():
@@ -501,7 +501,7 @@ def main(cfg):
     if cfg.plot and long:
         drift.draw(cfg.plot, long, rows)
     elif cfg.plot:
-        draw(cfg.plot, entries)
+        draw(cfg.plot, entries[:len(cfg.regimes)])          # without the shorter ones
 
 
 if __name__ == "__main__":
