@@ -637,6 +637,7 @@ def test_a_gif_has_the_frames_side_by_side_at_its_speed_with_the_given_ones_mark
 
 def test_a_gif_plays_for_ever(tmp_path, videos):
     write(tmp_path / "a.gif", videos)
+    assert (tmp_path / "a.gif").read_bytes()[-1:] == b";"               # its end, without which some take it for torn
     with Image.open(tmp_path / "a.gif") as file:
         assert file.info["loop"] == 0
 
