@@ -917,10 +917,9 @@ class Batches(Iterator, contextlib.AbstractContextManager):
 
 def main(cfg):
     """Prepares clips, or fetches MNIST ahead of time and says what is there."""
-    where, idle = "without --src or --env", not_default(cfg, globals()) - {"data_dir"}
-    if cfg.src or cfg.env:
-        where, others = ("with --src", {"episodes", "max_frames", "seed"}) if cfg.src else ("with --env", {"fps"})
-        idle = not_default(cfg, globals()) & (others | {"data_dir"})
+    given = not_default(cfg, globals())
+    where, idle = ("with --src", given & {"episodes", "max_frames", "seed", "data_dir"}) if cfg.src else \
+        ("with --env", given & {"fps", "data_dir"}) if cfg.env else ("without --src or --env", given - {"data_dir"})
     require(not idle, f"--{', --'.join(sorted(idle))} does nothing {where}: leave it out")
     if cfg.src or cfg.env:
         return prepare(cfg)

@@ -702,7 +702,6 @@ def open_data(cfg, state, frames):
 def inputs(cfg, model, state):
     """(the clips that the samples begin with, the actions of all their frames or None)."""
     clips, actions = torch.zeros(cfg.samples, 0, *model.cfg.frame_shape, dtype=torch.uint8), None
-    untold = cfg.actions == "none"
     whole = cfg.truth or model.cfg.action_dim and not cfg.actions       # of the data's clips more than what is given
     if cfg.prompt:
         latent = bool(state["stats"].get("latent"))
@@ -712,10 +711,10 @@ def inputs(cfg, model, state):
     elif cfg.context or whole:
         source = open_data(cfg, state, cfg.frames if whole else cfg.context)
         clips, actions = load_batch(source, range(cfg.first_clip, cfg.first_clip + cfg.samples))
-    if cfg.actions and not untold:
+    if cfg.actions not in ("", "none"):
         return clips, read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim,
                                    state["stats"].get("discrete"))
-    if model.cfg.action_dim and (untold or actions is None):
+    if model.cfg.action_dim and (cfg.actions == "none" or actions is None):
         require(state["settings"]["action_dropout"], "this model needs actions, and there are none: give --actions, or "
                                                      "train it with action_dropout")
         print("the model is told no actions")
