@@ -1089,9 +1089,17 @@ def test_frames_per_second_are_of_training_alone(tiny, tmp_path, monkeypatch):
     assert [entry["frames_per_second"] for entry in read_log(tmp_path / "run") if "loss" in entry] == [20, 20, 20]
 
 
-def test_the_last_steps_loss_is_logged_whatever_the_interval(tiny, tmp_path):
-    train.main(tiny(log_interval=4, max_steps=6))
-    assert [entry["step"] for entry in read_log(tmp_path / "run") if "loss" in entry] == [4, 6]
+def test_the_log_has_the_mean_loss_since_its_last_line_and_the_last_steps_whatever_the_interval(tiny, tmp_path):
+    logs = []
+    for interval in (1, 4):
+        cfg = tiny(f"every {interval}", log_interval=interval, max_steps=6)
+        train.main(cfg)
+        logs.append({entry["step"]: entry for entry in read_log(Path(cfg.out_dir)) if "loss" in entry})
+    each, means = logs
+    assert list(each) == [1, 2, 3, 4, 5, 6] and list(means) == [4, 6]
+    assert means[4]["loss"] == pytest.approx(sum(each[step]["loss"] for step in (1, 2, 3, 4)) / 4, rel=1e-6)
+    assert means[6]["loss"] == pytest.approx((each[5]["loss"] + each[6]["loss"]) / 2, rel=1e-6)
+    assert [means[step]["lr"] for step in (4, 6)] == [train.learning_rate(step, cfg) for step in (3, 5)]
 
 
 def test_another_network_is_named_by_its_differences(half_done, monkeypatch):
@@ -1459,7 +1467,7 @@ def test_the_log_is_json_with_a_setting_that_is_not_finite(tiny, tmp_path):
     ("video_attn_resolutions", (3,), "attention resolution 3"),
     ("head_dim", 24, "head_dim 24"),
     ("patch_size", 5, "divisible by 5"),
-    ("window", 0, "window 0"),
+    ("window", 0, "window=0"),
     ("accumulate", 3, "accumulate=3"),
     ("batch_size", 0, "batch_size=0"),
     ("seed", -1, "seed=-1"),
