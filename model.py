@@ -84,8 +84,8 @@ class MPWeight(nn.Module):
         self.frozen = None, None, None                      # what `scaled` last returned for what, if not training
 
     def scaled(self, dtype, gain=1.0):
-        """The weight as it acts; when no gradient is wanted, computed once, until the weight is written to. A compiled
-        evaluation takes what the one before it, not compiled, has computed."""
+        """The weight as it acts; when no gradient is wanted, computed once, until the weight is written to (not through
+        `.data`). A compiled evaluation takes what the one before it, not compiled, has computed."""
         weight, known, compiling = self.weight, self.frozen, torch.compiler.is_compiling()
         key = dtype, gain, weight.device
         if weight.requires_grad or compiling and known[0] != key:
@@ -156,10 +156,11 @@ class Cache:
         return self.tensors[layer]
 
     def __deepcopy__(self, memo):
-        """The same past, to go on from in another way; layers are told apart by identity, so they are not copied."""
+        """The same past, to go on from in another way. Layers, which are told apart by identity, are the same, too,
+        unless they have just been copied as part of what holds the cache."""
         other = Cache(self.clock.device)
         other.clock = self.clock.clone()
-        other.tensors, other.tables = ({key: tensor.clone() for key, tensor in tensors.items()}
+        other.tensors, other.tables = ({memo.get(id(key), key): tensor.clone() for key, tensor in tensors.items()}
                                        for tensors in (self.tensors, self.tables))
         return other
 
@@ -579,7 +580,8 @@ class Denoiser(nn.Module):
     def forward(self, x, sigma, actions=None):
         """The training pass. x: b s t c h w, copy 0 clean; sigma: b s t, noise level of every frame (0 if clean);
         actions: b t (discrete) or b t a (continuous), a_t led to frame t; -1 or NaN: unknown.
-        -> D: b r t c h w of the r = s - 1 noised copies; u: b r t, log of the expected squared error (EDM2 Eq. 21)."""
+        -> D: b r t c h w of the r = s - 1 noised copies; u: b r t, log of the squared error expected of them, times
+        lambda(sigma) (EDM2 Eq. 21)."""
         self.check(x, sigma, actions, "b s t")
         require(x.shape[1] > 1, f"frames: expected at least 2 copies, given {tuple(x.shape)}", ValueError)
         seq = Sequence(copies=x.shape[1], frames=x.shape[2])

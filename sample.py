@@ -48,7 +48,7 @@ split = "val"               # data split that the given frames come from: val or
 first_clip = 0              # index of the first sample's clip in that split
 data_dir = ""               # folder of the data; empty: the one used in training
 # -- how to sample
-solver = "euler"            # euler: n steps cost n evaluations; heun: 2 n - 1; both half of one to read the frame in
+solver = "euler"            # euler: n steps cost n evaluations; heun: 2 n - 1; reading the frame in takes most of one
 steps = 6                   # steps per frame
 sigma_min = 0.2             # last noise level before 0; with few steps, a small one leaves a haze that grows
 sigma_max = 40.0            # first noise level

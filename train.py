@@ -211,10 +211,10 @@ def matrix(weight):
 
 
 def orthogonal(matrices):
-    """U V^T of each matrix U S V^T, all with equally many places on their shorter side: every singular value brought to
-    0.7 to 1.2, large or small, by five steps of a Newton-Schulz iteration with Jordan's coefficients (Jordan et al.
-    2024, Muon). Step k multiplies by a polynomial of x x^T, so the steps are multiplied up first, for all matrices
-    together, and meet the longer sides once."""
+    """U V^T of each matrix U S V^T, all with equally many places on their shorter side: every singular value above
+    1/650 of the norm brought to 0.7 to 1.2 by five steps of a Newton-Schulz iteration with Jordan's coefficients
+    (Jordan et al. 2024, Muon). Step k multiplies by a polynomial of x x^T, so the steps are multiplied up first, for
+    all matrices together, and meet the longer sides once."""
     wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
     wide = torch._foreach_div(wide, torch._foreach_add(torch._foreach_norm(wide), 1e-20))
     square = torch.stack([x @ x.mT for x in wide])
@@ -227,8 +227,8 @@ def orthogonal(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonalised momentum of each weight matrix (c_out, all else), scaled to root mean square lr:
-    directions that gradients seldom point in are learnt as fast as the rest (Jordan et al. 2024)."""
+    """Steps along the orthogonalised momentum of each weight matrix (c_out, all else), scaled to a root mean square
+    of lr, or less: directions that gradients seldom point in are learnt as fast as the rest (Jordan et al. 2024)."""
 
     def __init__(self, parameters, lr=0.0, momentum=0.95):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
@@ -413,7 +413,9 @@ def check_settings(cfg):
     """UserError for what would otherwise fail late; what does nothing is told."""
     idle = not_default(cfg, globals()) & UNUSED.get(cfg.dataset, set())
     remarks = {f"dataset={cfg.dataset} makes no use of {', '.join(sorted(idle))}": idle,
-               f"frames={cfg.frames}: no frame will see window={cfg.window} frames": cfg.frames < cfg.window}
+               f"frames={cfg.frames}: no frame will see window={cfg.window} frames": cfg.frames < cfg.window,
+               f"frames={cfg.frames} cannot train temporal_kernel={cfg.temporal_kernel}":
+               cfg.frames < cfg.temporal_kernel}
     for remark in (text for text, true in remarks.items() if true and os.environ.get("RANK", "0") == "0"):
         print(remark, flush=True)
     at_least(cfg, 1, "max_steps", "noised_copies", "eval_clips", "log_interval", "checkpoint_interval", "channels",
@@ -687,7 +689,7 @@ def train(run, batches, bar, stop):
                                             "saved before is kept. Lower lr, or look at the clips named above")
         run.step, steps = run.step + 1, steps + 1
         run.ema.update(run.step)
-        run.recent.append(sum_over_ranks(loss) / run.world_size)        # no number until logged: a GPU need not wait
+        run.recent.append(sum_over_ranks(loss) / run.world_size)
         bar.update()
         seconds += time.perf_counter() - began
         if run.due(cfg.log_interval):

@@ -376,6 +376,14 @@ def test_a_rollout_hands_on_how_to_sample(model, context, monkeypatch):
     assert [(how["solver"], how["churn"]) for how in told] == [("heun", 3.0), ("euler", 0.0)]
 
 
+def test_a_copied_rollout_goes_on_as_its_original(model, context):
+    rollout = Rollout(model, context, LEVELS, seed=3)
+    next(rollout)
+    other = copy.deepcopy(rollout)
+    found = [next(other) for _ in range(3)]                             # the copy first: it has a past of its own
+    assert all(torch.equal(next(rollout), frame) for frame in found)
+
+
 def test_an_unknown_solver_is_refused(model, context):
     with pytest.raises(ValueError, match="'ddim': choose"):
         next(Rollout(model, context, LEVELS, solver="ddim"))
