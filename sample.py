@@ -423,9 +423,9 @@ $("help").textContent = game.sliders ? "the sliders are the actions" : game.acti
 for (let i = 0; i < game.sliders; i++)
   $("sliders").innerHTML += `<input type="range" min="-1" max="1" step="0.01" value="0" aria-label="action ${i}"> `
 onkeydown = event => {
-  if (event.key == " ") { event.preventDefault(); $("pause").click() }
-  if (!(keys[event.key] < game.actions) || event.repeat) return
-  event.preventDefault(); held.unshift(event.key); tapped = event.key
+  if (event.key == " " || keys[event.key] < game.actions) event.preventDefault()
+  if (event.key == " " && !event.repeat) $("pause").click()
+  if (keys[event.key] < game.actions && !event.repeat) { held.unshift(event.key); tapped = event.key }
 }
 onkeyup = event => { const i = held.indexOf(event.key); if (i >= 0) held.splice(i, 1) }
 onblur = () => { held.length = 0 }
@@ -676,6 +676,7 @@ def check_settings(cfg):
             f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
     idle = not_default(cfg, globals()) & {"out", "frames", "samples", "truth", "actions"}
     require(not (cfg.play and idle), f"--{', --'.join(sorted(idle))} does nothing with --play: leave it out")
+    require(not os.path.isdir(cfg.out), f"--out={cfg.out} is a folder")
     if not cfg.out.endswith(".pt"):
         check_extension(cfg.out)
 

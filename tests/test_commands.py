@@ -336,6 +336,7 @@ def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
     ("sample.py --steps=0", ["steps=0"]),
     ("sample.py --frames=4 --context=5", ["--context=5", "--frames=4"]),
     ("sample.py --truth --actions=0,1", ["--truth", "--actions=0,1"]),
+    ("sample.py --out=.", ["--out=. is a folder"]),
     ("train.py --batch_size=0", ["batch_size=0: must be at least 1"]),
     ("train.py --batchsize=3", ["batchsize", "did you mean 'batch_size'"]),
     ("train.py --batch_size=", ["batch_size", "int"]),
