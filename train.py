@@ -413,7 +413,8 @@ def check_settings(cfg):
     """UserError for what would otherwise fail late; what does nothing is told."""
     idle = not_default(cfg, globals()) & UNUSED.get(cfg.dataset, set())
     remarks = {f"dataset={cfg.dataset} makes no use of {', '.join(sorted(idle))}": idle,
-               f"frames={cfg.frames}: no frame will see window={cfg.window} frames": cfg.frames < cfg.window,
+               f"frames={cfg.frames}: no frame will see window={cfg.window} frames":
+               cfg.video_attn_resolutions and cfg.frames < cfg.window,
                f"frames={cfg.frames} cannot train temporal_kernel={cfg.temporal_kernel}":
                cfg.frames < cfg.temporal_kernel}
     for remark in (text for text, true in remarks.items() if true and os.environ.get("RANK", "0") == "0"):

@@ -1525,6 +1525,8 @@ def test_what_a_dataset_makes_no_use_of_is_told(dataset, own, tiny, monkeypatch,
 def test_clips_shorter_than_the_window_are_told(tiny, frames, told, capsys):
     train.check_settings(tiny(frames=frames, window=6, picture_frames=5))
     assert capsys.readouterr().out == told
+    train.check_settings(tiny(frames=frames, window=6, picture_frames=5, video_attn_resolutions=""))
+    assert capsys.readouterr().out == ""
     train.check_settings(tiny(frames=frames, window=2, temporal_kernel=6, picture_frames=5))
     assert ("temporal_kernel=6" in capsys.readouterr().out) == (frames < 6)
 
