@@ -206,10 +206,6 @@ class Sequence:
         """Of x b s t .. the frames to be denoised: b r t .., without clean ones."""
         return x[:, int(self.cache is None or self.commit):]
 
-    def to_noised(self, x):
-        """Of x b t .., the same for every copy, what meets the frames that `noised` chooses: b 1 t .."""
-        return x[:, None]
-
     def noised_only(self, x):
         """(b s t) c .. -> (b r t) c .."""
         return fold(self.noised(self.unfold(x)))
@@ -241,8 +237,7 @@ class CausalConv(MPWeight):
         weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
         y = F.conv2d(seq.going_on(x), weight[0], padding=1)
         if self.kernel > 1:
-            past = self.past(seq.unfold(x), weight[1:], seq)
-            past = seq.to_noised(past) if seq.last else past[:, None]                    # the same for every copy
+            past = self.past(seq.unfold(x), weight[1:], seq)[:, None]                    # the same for every copy
             y = fold(y.movedim(1, -1).unflatten(0, (len(past), -1, past.shape[2])) + past)
             scale = fold(seq.unfold(scale) * self.table(x, seq))
         return y * seq.going_on(scale)[..., None, None]
@@ -256,23 +251,21 @@ class CausalConv(MPWeight):
     def past(self, x, weight, seq):
         """What the clean frames before each frame add to it: x b s t h w c_in -> b t h w c_out."""
         if seq.cache is None:                               # the last clean frame has no later frame
-            return self.spread(x.flatten(1, 2)[:, :seq.frames - 1], weight, seq.frames)
+            parts = self.contributions(x.flatten(1, 2)[:, :seq.frames - 1], weight)
+            parts = zip(range(1, seq.frames + 1), parts)    # those farther off would reach none of them
+            return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, 1 - j)) for j, part in parts)
         carry = seq.cache.of(self, (len(x), len(weight), *x.shape[3:5], weight.shape[1]), x)
-        if not seq.commit:
-            return carry[:, :1]
-        total = self.spread(x[:, 0], weight, self.kernel)
-        total[:, :-1] += carry
-        carry.copy_(total[:, 1:])
-        return total[:, :1]
+        present = carry[:, :1]
+        if seq.commit:
+            present, later = present.clone(), F.pad(carry[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1))
+            carry.copy_(later + self.contributions(x[:, 0], weight).transpose(0, 2)[0])
+        return present
 
-    def spread(self, clean, weight, length):
-        """Contributions of n clean frames to the `length` frames from the first one on: b length h w c."""
-        b, n = clean.shape[:2]
+    def contributions(self, clean, weight):
+        """What each of n clean frames adds to the frames j = 1, 2, .. after it: b n h w c_in -> j b n h w c_out."""
         frames = clean.flatten(0, 1).movedim(-1, 1)
-        parts = F.conv2d(frames, weight.flatten(0, 1), padding=weight.shape[-1] // 2)                    # (j o) i ..
-        parts = rearrange(parts, "(b t) (j o) h w -> j b t h w o", b=b, t=n, j=len(weight))
-        parts = zip(range(1, length + 1), parts)            # those farther off would reach none of them
-        return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, length - n - j)) for j, part in parts)
+        parts = F.conv2d(frames, weight.flatten(0, 1), padding=weight.shape[-1] // 2)
+        return rearrange(parts, "(b t) (j o) h w -> j b t h w o", b=len(clean), j=len(weight))
 
 
 def past_skip_gain(positions, kernel, dtype):
@@ -295,7 +288,7 @@ class PastSkip(CausalConv):
         """x: (b s t) c h w -> (b r t) c h w of the frames to be denoised."""
         x, gain = seq.unfold(x), seq.of_positions(past_skip_gain, x.device, self.kernel, x.dtype)
         past = self.past(x, self.scaled(x.dtype, 0.5 ** 0.5), seq)
-        return fold(torch.addcmul(seq.to_noised(past), seq.noised(x), seq.to_noised(gain[None])))
+        return fold(torch.addcmul(past[:, None], seq.noised(x), gain))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -218,10 +218,15 @@ def orthogonal(matrices):
     wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
     wide = torch._foreach_div(wide, torch._foreach_add(torch._foreach_norm(wide), 1e-20))
     square = torch.stack([x @ x.mT for x in wide])
-    product = identity = torch.eye(square.shape[-1], device=square.device).expand_as(square)
-    for _ in range(5):
-        factor = torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315).add_(identity, alpha=3.4445)
-        square, product = factor @ square @ factor, factor @ product
+    identity = torch.eye(square.shape[-1], device=square.device)
+
+    def polynomial(square):
+        return torch.baddbmm(square, square, square, beta=-4.7750, alpha=2.0315).add_(identity, alpha=3.4445)
+    step = product = polynomial(square)
+    for _ in range(4):
+        square = step @ square @ step
+        step = polynomial(square)
+        product = step @ product
     moves = [steps @ x for steps, x in zip(product, wide, strict=True)]
     return [move if move.shape == x.shape else move.mT for move, x in zip(moves, matrices, strict=True)]
 
