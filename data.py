@@ -490,6 +490,7 @@ def with_actions(timed, path):
 # Preparing clips: of each source NAME.raw, its frames one after another, perhaps NAME.actions.npy, and NAME.json,
 # which is written last: what has one is whole. meta.json, made of them at the end, is all that training looks up.
 
+RECORD_VERSION = 2                                          # clips with other records are prepared again
 TWO_FILES = "prepare two files or more, as one is held out; one long film can be cut in two"
 
 
@@ -573,11 +574,11 @@ def write_actions(path, actions):
     if actions[0] is None:
         return dict(action_dim=0, discrete=False, reach=0.0)
     actions = np.stack(actions)
-    discrete = actions.ndim == 1
+    discrete, (reach, square) = actions.ndim == 1, action_moments(actions)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, actions.astype(np.int64 if discrete else np.float32))
     return dict(action_dim=int(actions.max()) + 1 if discrete else actions.shape[1], discrete=discrete,
-                reach=float(np.abs(np.nan_to_num(actions)).max()))
+                reach=reach, action_square=square.tolist())
 
 
 def stored(folder, name, suffix):
@@ -603,8 +604,8 @@ def prepare_source(cfg, name):
     if len(os.fsencode(raw.name)) > 220:                    # of 255, as temporary files have longer ones
         return f"{name}: its name is too long: rename it"
     sources = [*(pictures_in(path) if path.is_dir() else [path]), actions_beside(path)] if cfg.src else []
-    made_of = [made_with(cfg), *([str(file), file.stat().st_size, file.stat().st_mtime_ns]
-                                 for file in sources if file.exists())]
+    made_of = [RECORD_VERSION, made_with(cfg), *([str(file), file.stat().st_size, file.stat().st_mtime_ns]
+                                                 for file in sources if file.exists())]
     if record_file.exists():
         record = read_json(record_file)
         same = isinstance(record, dict) and record.get("made_of") == made_of
@@ -661,10 +662,12 @@ def combine(records, share, left_out, before):
     mean, square = (frames @ np.array([record[key] for record in records]) / frames.sum() for key in ("mean", "square"))
     val = set(held_out([record["name"] for record in records], share, before))
     clips = [(record["name"], record["frames"], bool(record["action_dim"])) for record in records]
+    squares, counts = ([record[key] for record in acted] for key in ("action_square", "frames"))
     return dict(statistics(mean, square), dtype=kind[0], shape=kind[1:], left_out=left_out,
                 action_dim=max((record["action_dim"] for record in acted), default=0),
                 discrete=any(record["discrete"] for record in acted),
-                reach=max((record.get("reach", 0.0) for record in acted), default=0.0),
+                reach=max((record["reach"] for record in acted), default=0.0),
+                action_rms=np.sqrt(np.average(squares, 0, counts)).tolist() if acted else 0.0,
                 train=[clip for clip in clips if clip[0] not in val], val=[clip for clip in clips if clip[0] in val])
 
 
@@ -778,7 +781,7 @@ class VideoClips:
         require(cfg.frame_size == self.shape[1], f"frame_size={cfg.frame_size}: the clips in {folder} are "
                 f"{self.shape[1]} high; train with --frame_size={self.shape[1]}, or choose another folder")
         require(not (cfg.flip and self.action_dim), "flip=True would mirror frames, and not their actions: set False")
-        self.stats = {key: self.meta.get(key) for key in ("mean", "std", "discrete", "reach")}
+        self.stats = {key: self.meta.get(key) for key in ("mean", "std", "discrete", "reach", "action_rms")}
         made = {key: self.meta["made_with"].get(key) for key in ("fps", "letterbox")}        # of films, for prompts
         self.stats |= {"latent": self.meta["dtype"] != "uint8", "made": made}
         for clip in self.clips:
@@ -825,6 +828,12 @@ def moments(frames):
     return values.mean((0, 2, 3)), (values ** 2).mean((0, 2, 3))
 
 
+def action_moments(actions):
+    """The largest magnitude of actions (t,) or (t, a), and each number's mean square; unknown ones count as 0."""
+    known = np.nan_to_num(actions).astype(np.float64)
+    return float(np.abs(known).max()), np.square(known).mean(0)
+
+
 def statistics(mean, square):
     """dict(mean, std), each a list of c floats. A channel that never changes is given a small std, as what a network
     makes of it is multiplied with it."""
@@ -834,11 +843,11 @@ def statistics(mean, square):
 
 
 def measure(source, clips=256):
-    """The `statistics` of the first clips, whether they are latents, and what kind of actions they have and how far
-    these reach; prepared clips know it all."""
+    """The `statistics` of the first clips, whether they are latents, and of their actions the kind, the largest and
+    the root mean square; prepared clips know it all."""
     if hasattr(source, "stats"):
         return source.stats
-    measured, reach = [], 0.0
+    measured, reach, squares = [], 0.0, []
     for index in range(clips):
         frames, actions = source.clip(index)
         require(frames.shape == (source.frames, *source.shape) and frames.dtype in (np.uint8, np.float16), f"clip "
@@ -846,9 +855,11 @@ def measure(source, clips=256):
                 f"{(source.frames, *source.shape)}")
         measured.append(moments(frames))
         if actions is not None:
-            reach = max(reach, float(np.abs(np.nan_to_num(actions)).max()))
-    return statistics(*np.mean(measured, axis=0)) | {"latent": frames.dtype != np.uint8, "reach": reach,
-                                                     "discrete": actions is None or actions.dtype.kind != "f"}
+            largest, square = action_moments(actions)
+            reach, squares = max(reach, largest), [*squares, square]
+    return statistics(*np.mean(measured, axis=0)) | {
+        "latent": frames.dtype != np.uint8, "discrete": actions is None or actions.dtype.kind != "f",
+        "reach": reach, "action_rms": np.sqrt(np.mean(squares, axis=0)).tolist() if squares else 0.0}
 
 
 def per_channel(stats, device):
@@ -860,6 +871,14 @@ def to_network(frames, stats, sigma_data):
     """uint8 or float16 (..., c, h, w) to float32 with zero mean and standard deviation sigma_data."""
     mean, std = per_channel(stats, frames.device)
     return (frames.float() / 255 - mean) * (sigma_data / std)
+
+
+def unit_actions(actions, stats):
+    """Vectors, each of their numbers scaled to a root mean square of 1 over the training set; others as they are."""
+    if actions is None or not actions.is_floating_point():
+        return actions
+    rms = torch.tensor(stats.get("action_rms") or 1.0).to(actions.device, non_blocking=True)
+    return actions / torch.where(rms > 0, rms, 1)
 
 
 def to_pixels(x, stats, sigma_data):

@@ -7,6 +7,7 @@
 import collections.abc
 import contextlib
 import functools
+import glob
 import http.server
 import importlib.util
 import io
@@ -15,6 +16,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import signal
 import sys
 import threading
@@ -32,13 +34,13 @@ from PIL import GifImagePlugin, Image
 from tqdm import tqdm
 
 from config import UserError, all_finite, at_least, not_default, one_of, require, run
-from data import at_rate, decode, fit, load_batch, open_source, replacing, telling, to_network, to_pixels
+from data import at_rate, decode, fit, load_batch, open_source, replacing, telling, to_network, to_pixels, unit_actions
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make
 out = "rollout.gif"         # .gif, .mp4, .webm, .png (a row per sample), .npy (an array); .pt: weights, to share
 precision = "bfloat16"      # of the weights in a .pt file: bfloat16 or float32
-checkpoint = ""             # file to sample from; empty: the newest checkpoint.pt under out/
+checkpoint = ""             # file to sample from, or a folder with its newest checkpoint.pt; empty: out/
 frames = 24                 # frames per sample, the given ones included
 samples = 4                 # samples side by side, each from its own clip
 context = 4                 # given frames at the start of each sample; 0 starts from nothing
@@ -133,6 +135,8 @@ class Rollout(collections.abc.Iterator):
         generator = seeded(self.device, self.seed, self.cache.position)
         x = torch.randn(self.shape, generator=generator, device=self.device) * self.levels[0]
         x = reverse_diffusion(functools.partial(self.denoise, action), x, self.levels, generator=generator, **self.how)
+        require(x.isfinite().all(), f"frame {self.cache.position + 1} has values that are not finite: the weights, or "
+                                    "settings such as sigma_max, are beyond all bounds")
         x = x.clamp(*self.limits) if self.limits else x
         self.read(x[:, None], action)
         return x
@@ -248,8 +252,12 @@ def load_file(path, keys):
     return state
 
 
-def newest_checkpoint(root="out"):
-    found = sorted(Path(root).glob("**/checkpoint.pt"), key=os.path.getmtime)
+def find_checkpoint(path):
+    """The file `path`, or the newest checkpoint.pt in a folder; of nothing, in out/."""
+    if path and not os.path.isdir(path):
+        return path
+    root = path or "out"
+    found = sorted(glob.glob(f"{glob.escape(root)}/**/checkpoint.pt", recursive=True), key=os.path.getmtime)
     require(found, f"no checkpoint under {root}/: train one first, python train.py config/mnist.py")
     return found[-1]
 
@@ -350,7 +358,7 @@ def write_gif(file, frames, given, scale, fps):
 def write_film(file, frames, given, scale, fps, kind, codec):
     """An mp4 or webm file; yuv420p, which every player shows, needs even sizes."""
     import av  # optional: `check_extension` asked for it
-    with av.open(file, "w", format=kind) as container:
+    with av.open(file, "w", format=kind, options={"fflags": "bitexact"}) as container:   # same frames, same bytes
         stream = container.add_stream(codec, rate=fps)
         for t, picture in enumerate(tiled(frames, given, scale)):
             picture = np.pad(picture, [(0, picture.shape[0] % 2), (0, picture.shape[1] % 2), (0, 0)])
@@ -384,7 +392,7 @@ def start_rollout(model, clips, stats, settings, actions=None):
     black_and_white = torch.tensor([0, 255], dtype=torch.uint8, device=clips.device)[:, None, None, None]
     limits = None if stats.get("latent") else to_network(black_and_white, stats, model.cfg.sigma_data).unbind()
     clip = to_network(clips, stats, model.cfg.sigma_data)
-    return Rollout(model, clip, actions=actions, limits=limits, **settings)
+    return Rollout(model, clip, actions=unit_actions(actions, stats), limits=limits, **settings)
 
 
 def roll_out(model, clips, given, frames, stats, settings, actions=None, progress=False, stop=()):
@@ -416,28 +424,34 @@ img { image-rendering: pixelated; height: 65vh } a { color: #fa0 }</style>
 <script>
 const game = GAME, $ = id => document.getElementById(id), held = [], times = []
 const keys = Object.assign([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], {ArrowUp: 1, ArrowDown: 2, ArrowLeft: 3, ArrowRight: 4})
-let paused = false, tapped = null
+let paused = false, gone = false, tapped = null
 $("help").textContent = game.sliders ? "the sliders are the actions" : game.actions
   ? `arrow keys and 0 to ${Math.min(9, game.actions - 1)} are the actions, space pauses`
   : "this model was trained without actions: it dreams on; space pauses"
 for (let i = 0; i < game.sliders; i++)
   $("sliders").innerHTML += `<input type="range" min="-1" max="1" step="0.01" value="0" aria-label="action ${i}"> `
 onkeydown = event => {
-  if (event.key == " " || keys[event.key] < game.actions) event.preventDefault()
+  const known = keys[event.key] < game.actions
+  if (event.ctrlKey || event.altKey || event.metaKey || event.key != " " && !known) return   // the browser's own
+  event.preventDefault()
   if (event.key == " " && !event.repeat) $("pause").click()
-  if (keys[event.key] < game.actions && !event.repeat) { held.unshift(event.key); tapped = event.key }
+  if (known && !event.repeat) { held.unshift({code: event.code, action: keys[event.key]}); tapped = held[0].action }
 }
-onkeyup = event => { const i = held.indexOf(event.key); if (i >= 0) held.splice(i, 1) }
+onkeyup = event => {                                // its name may be another one by now: of 3 with shift, #
+  const i = held.findIndex(key => key.code == event.code)
+  if (i >= 0) held.splice(i, 1)
+}
 onblur = () => { held.length = 0 }
+onbeforeunload = () => { gone = true; navigator.sendBeacon("/", JSON.stringify({player: game.player, do: "leave"})) }
 $("pause").onclick = event => {
   event.target.blur(); paused = !paused; event.target.textContent = paused ? "go on" : "pause"
 }
 $("restart").onclick = event => { event.target.blur(); ask({do: "restart"}) }
 function action() {
   if (game.sliders) return [...document.querySelectorAll("input")].map(slider => game.reach * slider.value)
-  const key = held[0] ?? tapped ?? 0
+  const chosen = held[0]?.action ?? tapped ?? 0
   tapped = null
-  return keys[key]
+  return chosen
 }
 async function ask(request) {
   const answer = await fetch("/", {method: "POST", body: JSON.stringify({player: game.player, ...request})})
@@ -449,7 +463,7 @@ async function ask(request) {
 async function loop() {
   const began = performance.now()
   try {
-    if (!paused) {
+    if (!paused && !gone) {
       const frame = await ask({do: "frame", action: action()})
       times.push(performance.now()); if (times.length > 20) times.shift()
       const rate = 1000 * (times.length - 1) / (times.at(-1) - times[0])
@@ -469,25 +483,24 @@ class Refused(Exception):
 
 
 class Game:
-    """A rollout that one page steers. Every method answers with bytes; only one runs at a time."""
+    """A rollout that one page steers. Every method answers with bytes; but for `encoded`, only one runs at a time."""
 
     def __init__(self, model, source, stats, cfg, settings, device):
         self.model, self.source, self.stats, self.cfg, self.settings = model, source, stats, cfg, settings
         require(not stats.get("latent"), "--play shows pictures, and this model makes latents")
         self.continuous = not stats.get("discrete")         # or there are none
         self.device, self.lock = device, threading.Lock()
-        self.player, self.seen, self.number = secrets.token_urlsafe(), -math.inf, cfg.first_clip
+        self.player, self.seen, self.number = None, -math.inf, cfg.first_clip
         self.restart()
 
     def restart(self):
         """Begins anew from the next clip's first frames, or from nothing."""
-        black = torch.zeros(1, 1, *self.model.cfg.frame_shape, dtype=torch.uint8, device=self.device)
-        clips, actions = load_batch(self.source, [self.number], self.device) if self.source else (black[:, :0], None)
-        self.number, clips = self.number + 1, clips[:, :self.cfg.context]
-        given = None if actions is None else actions[:, :self.cfg.context]
-        self.rollout = start_rollout(self.model, clips, self.stats, self.settings, given)
-        shown = (clips if len(clips[0]) else black).cpu().numpy().swapaxes(0, 1)
-        self.last = collections.deque(shown, maxlen=300)    # frames that a GIF shows
+        clips = torch.zeros(1, 0, *self.model.cfg.frame_shape, dtype=torch.uint8, device=self.device)
+        clips, actions = load_batch(self.source, [self.number], self.device) if self.source else (clips, None)
+        clips, given = clips[:, :self.cfg.context], None if actions is None else actions[:, :self.cfg.context]
+        settings = self.settings | {"seed": self.cfg.seed + self.number - self.cfg.first_clip}   # or dreams come again
+        self.rollout, self.number = start_rollout(self.model, clips, self.stats, settings, given), self.number + 1
+        self.last = collections.deque(clips.cpu().numpy().swapaxes(0, 1), maxlen=300)    # frames that a GIF shows
 
     def page(self):
         """(HTTP status, the page for a new player)."""
@@ -512,31 +525,35 @@ class Game:
             expected = f"a whole number from 0 to {count - 1}"
             fits = type(action) is int and 0 <= action < count
         require(fits, (400, f"action {action!r}: expected {expected}"), Refused)
-        return torch.tensor([[action]], dtype=torch.float32 if self.continuous else torch.long, device=self.device)
+        action = torch.tensor([[action]], dtype=torch.float32 if self.continuous else torch.long, device=self.device)
+        return unit_actions(action, self.stats)
 
     def play(self, request):
         """(the newest frame as a PNG, its number in words)."""
-        do, known = request.get("do"), request.get("player") == self.player
-        require(do in ("frame", "restart"), (400, "expected {player, do: frame or restart, action}"), Refused)
+        do, known = request.get("do"), self.player and request.get("player") == self.player
+        require(do in ("frame", "restart", "leave"), (400, "expected {player, do: frame or restart, action}"), Refused)
         require(known, (409, "another page has taken over"), Refused)
+        if do == "leave":                                   # reloaded, say: the next page need not wait
+            self.player, self.seen = None, -math.inf        # what it has asked for meanwhile comes too late
+            return b"", ""
         if do == "restart":
             self.restart()
         else:
             frame = self.rollout.advance(self.read_action(request.get("action")))
             self.last.append(to_pixels(frame, self.stats, self.model.cfg.sigma_data).cpu().numpy())
         self.seen = time.monotonic()                        # now, as a first frame may take a minute to compile
-        return self.encoded(write_sheet, [self.last[-1]]), f"frame {self.rollout.cache.position}"
+        return self.encoded(write_sheet, [*self.last][-1:]), f"frame {self.rollout.cache.position}"
 
     def encoded(self, write, frames):
-        """The bytes of a file of those frames, by one of the writers."""
-        file = io.BytesIO()
-        write(file, frames, 0, self.cfg.scale, self.cfg.fps)
+        """The bytes of a file of those frames, by one of the writers; a black one if there are none yet."""
+        file, black = io.BytesIO(), np.zeros((1, *self.model.cfg.frame_shape), np.uint8)
+        write(file, frames or [black], 0, self.cfg.scale, self.cfg.fps)
         return file.getvalue()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers pages of its own only: those of other sites can neither read the game nor steer it."""
-    timeout = 5                                             # seconds for a request to arrive
+    timeout = 5                                             # seconds of silence, until a reader is given up
 
     def handle(self):
         with contextlib.suppress(ConnectionError):          # a page that was closed meanwhile
@@ -550,9 +567,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if request is not None:
                     kind, (body, frame) = "image/png", game.play(request)
                 elif self.path == "/gif":
-                    kind, body = "image/gif", game.encoded(write_gif, game.last)
+                    kind, shown = "image/gif", [*game.last]
                 else:
                     kind, (status, body) = "text/html", game.page()
+            if kind == "image/gif":                         # the game goes on meanwhile
+                body = game.encoded(write_gif, shown)
         except (Refused, UserError) as error:
             status, reason = error.args[0] if isinstance(error, Refused) else (500, str(error))
             body = reason.encode()
@@ -561,7 +580,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                             ("X-Content-Type-Options", "nosniff"), ("X-Frame", frame)):
             self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(body)
+        shutil.copyfileobj(io.BytesIO(body), self.wfile)    # in pieces: a slow reader has the timeout for each
 
     do_POST = do_GET
 
@@ -659,9 +678,11 @@ def check_settings(cfg):
     at_least(cfg, 0, "context", "first_clip", "seed", "churn")
     all_finite(cfg)
     one_of(cfg, solver=("euler", "heun"), precision=("bfloat16", "float32"), split=("train", "val"))
-    require(0 < cfg.sigma_min < cfg.sigma_max and cfg.rho >= 0.1, f"--sigma_min={cfg.sigma_min} "
-            f"--sigma_max={cfg.sigma_max} --rho={cfg.rho}: sigma_min above 0 and below sigma_max, rho 0.1 or more")
+    require(0 < cfg.sigma_min < cfg.sigma_max <= 1e6 and 0.1 <= cfg.rho <= 100, f"--sigma_min={cfg.sigma_min} "
+            f"--sigma_max={cfg.sigma_max} --rho={cfg.rho}: sigma_min above 0, sigma_max above it and at most 1e6, rho "
+            "from 0.1 to 100")
     require(cfg.context_noise in (-1, abs(cfg.context_noise)), f"--context_noise={cfg.context_noise}: 0 or more, or -1")
+    require(cfg.scale <= 64, f"--scale={cfg.scale}: at most 64")
     gif = cfg.play or cfg.out.lower().endswith(".gif")
     require(cfg.fps <= (50 if gif else 1000), f"--fps={cfg.fps}: at most 50 in play and GIFs (players slow down what "
                                               "is faster), 1000 in films")
@@ -725,7 +746,7 @@ def inputs(cfg, model, state):
 
 def main(cfg):
     check_settings(cfg)
-    path = cfg.checkpoint or newest_checkpoint()
+    path = find_checkpoint(cfg.checkpoint)
     device = pick_device(cfg.device)
     model, state = load_model(path, cfg.ema, device)
     model.dtype = compute_dtype(device)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import sample
 from config import UserError, all_finite, at_least, not_default, one_of, plain_settings, require
 from config import run as run_script
-from data import Batches, load_batch, measure, open_source, replacing, to_network
+from data import Batches, load_batch, measure, open_source, replacing, to_network, unit_actions
 from model import Denoiser, ModelConfig
 
 # -- output
@@ -311,7 +311,7 @@ def error_table(model, source, stats, cfg, device, rank=0, world_size=1):
     for first in range(rank * size, cfg.eval_clips, world_size * size):
         numbers = range(first, min(first + size, cfg.eval_clips))
         clips, actions = load_batch(source, numbers, device)
-        clips = to_network(clips, stats, cfg.sigma_data)
+        clips, actions = to_network(clips, stats, cfg.sigma_data), unit_actions(actions, stats)
         generators = [sample.seeded(device, cfg.seed, number, 1) for number in numbers]
         eps = torch.stack([torch.randn(len(sigmas), *clips.shape[1:], generator=g, device=device) for g in generators])
         sigma = sigmas[None, :, None].expand(eps.shape[:3])
@@ -549,7 +549,8 @@ class Run:
         if changed and self.rank == 0:
             print(f"going on with other settings: {'; '.join(changed)}", flush=True)
         self.step, self.recent = state["step"], state["recent"]
-        self.stats = self.stats | {key: state["stats"][key] for key in ("mean", "std")}      # that weights are used to
+        used_to = ("mean", "std", "action_rms")             # scales that the weights have been trained with
+        self.stats = self.stats | {key: state["stats"].get(key) for key in used_to}
         self.changed = bool(changed)
         if self.rank == 0:
             print(f"resuming {path} at step {self.step} of {self.cfg.max_steps}", flush=True)
@@ -648,7 +649,7 @@ def gradients(network, batches, cfg, stats, device):
     total = 0.0
     for micro in range(cfg.accumulate):
         samples, clips, actions = next(batches)
-        clips = to_network(clips, stats, cfg.sigma_data)
+        clips, actions = to_network(clips, stats, cfg.sigma_data), unit_actions(actions, stats)
         actions = hide_actions(actions, samples, cfg) if cfg.action_dropout and actions is not None else actions
         noise = draw_noise(samples, cfg.noised_copies, clips.shape[1:], cfg, device)
         last = micro == cfg.accumulate - 1                  # then processes exchange gradients: once per optimizer step

@@ -70,7 +70,7 @@ def convert(value, default):
     for wanted in (int, float, str) if default is None else (kind,):  # None: the default is an empty tuple
         if type(value) in (wanted, str) or (wanted is float and type(value) is int):
             with contextlib.suppress(ValueError):
-                return wanted(value)
+                return os.path.expanduser(value) if wanted is str else wanted(value)  # few shells do, in --out=~/x
     raise ValueError
 
 

@@ -59,7 +59,7 @@ out = "out/compare"             # folder of the results, one JSON file per entry
 plot = ""                       # picture of error against compute, or of memory, by matplotlib; empty: none
 # -- the standard evaluation of a checkpoint
 protocol = False                # Moving MNIST's, instead of training: 10 frames given, 10 predicted
-checkpoint = ""                 # file to evaluate; empty: the newest checkpoint.pt under out/
+checkpoint = ""                 # file to evaluate, or a folder with its newest checkpoint.pt; empty: out/
 clips = 256                     # held-out clips
 samples = 10                    # samples per clip, for their mean and the best of them
 
@@ -382,7 +382,7 @@ def stochastic_rows(made, possible, truth, met, variance):
 
 
 def evaluate_protocol(cfg, device, given=10, predicted=10):
-    path = cfg.checkpoint or sample.newest_checkpoint()
+    path = sample.find_checkpoint(cfg.checkpoint)
     model, state = sample.load_model(path, DEFAULTS["ema_widths"][0], device)
     model.dtype = sample.compute_dtype(device)
     settings = SimpleNamespace(**state["settings"] | {"frames": given + predicted})

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import UserError, run
 from data import download, load_batch, open_source, present, replacing, require
-from sample import compute_dtype, load_model, newest_checkpoint, noise_levels, pick_device, roll_out
+from sample import compute_dtype, find_checkpoint, load_model, noise_levels, pick_device, roll_out
 
 # -- what to measure
-checkpoint = ""                 # file to sample from; empty: the newest checkpoint.pt under out/
+checkpoint = ""                 # file to sample from, or a folder with its newest checkpoint.pt; empty: out/
 data_dir = ""                   # folder of MNIST, whose labels are downloaded if missing; empty: the run's
 frames = 200                    # frames per rollout, the given ones included
 clips = 32                      # held-out clips, rolled out side by side
@@ -169,7 +169,7 @@ def draw(path, results, cfg):
 
 def main(cfg):
     device = pick_device(cfg.device)
-    path = cfg.checkpoint or newest_checkpoint()
+    path = find_checkpoint(cfg.checkpoint)
     model, state = load_model(path, cfg.ema, device)
     model.dtype = compute_dtype(device)
     settings = SimpleNamespace(**state["settings"] | {"frames": cfg.frames})

@@ -20,8 +20,9 @@ from PIL import Image
 from test_train import TINY, flags, load, write_digits
 
 import model
-from config import read_settings
+from config import UserError, read_settings
 from data import open_source
+from sample import find_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFLINE = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}  # refuses at once
@@ -163,6 +164,20 @@ def test_the_newest_checkpoint_is_taken(command, workshop, tmp_path):
     done = command(tmp_path, "sample.py", *flags(ROLLOUT | {"frames": 2, "out": "made/a.npy"}))
     assert done.code == 0 and "\nout/new/checkpoint.pt, step 4" in "\n" + done.out, done.err
     assert (tmp_path / "made/a.npy").exists()
+
+
+def test_of_a_folder_the_newest_checkpoint_is_taken_links_to_other_disks_included(workshop, tmp_path):
+    run, elsewhere, link = workshop[0] / "out/mnist", tmp_path / "disk/long", tmp_path / "runs/[1]"
+    shutil.copytree(run, tmp_path / "runs/old")
+    os.utime(tmp_path / "runs/old/checkpoint.pt", (0, 0))
+    shutil.copytree(run, elsewhere)
+    link.symlink_to(elsewhere)
+    assert find_checkpoint(str(tmp_path / "runs")) == str(link / "checkpoint.pt")
+    assert find_checkpoint(str(link)) == str(link / "checkpoint.pt")
+    assert find_checkpoint("nothing.pt") == "nothing.pt"                # and `load_file` says that there is none
+    with pytest.raises(UserError, match=f"no checkpoint under {tmp_path}/empty"):
+        (tmp_path / "empty").mkdir()
+        find_checkpoint(str(tmp_path / "empty"))
 
 
 @pytest.mark.parametrize("extension", ["gif", "png", "npy"])
@@ -419,7 +434,10 @@ def test_a_users_own_file_is_the_prompt(sampled, tmp_path):
     ({"ema": 1}, ["ema"]),
     ({"sigma_min": 0}, ["sigma_min"]),
     ({"rho": 0.001}, ["rho"]),
+    ({"rho": 1e300}, ["rho"]),
     ({"sigma_max": "inf"}, ["sigma_max=inf"]),
+    ({"sigma_max": 1e38}, ["sigma_max=1e+38", "at most 1e6"]),
+    ({"scale": 5000}, ["--scale=5000: at most 64"]),
     ({"guidance": "nan"}, ["guidance=nan"]),
     ({"context_noise": -0.5}, ["--context_noise=-0.5"]),
     ({"fps": 60, "out": "a.gif"}, ["--fps=60", "50"]),

@@ -114,6 +114,8 @@ def test_config_file_is_python(config_file):
     ("out_dir", "a=b.gif", "a=b.gif"),
     ("out_dir", "1", "1"),
     ("out_dir", "-x", "-x"),
+    ("out_dir", "~/x", os.path.expanduser("~/x")),
+    ("out_dir", "x~", "x~"),
     ("channel_mults", "1,2,4", (1, 2, 4)),
     ("channel_mults", "(1, 2, 4)", (1, 2, 4)),
     ("channel_mults", "2", (2,)),

@@ -423,6 +423,23 @@ def test_measure_says_what_kind_of_frames_and_actions_a_source_of_ones_own_has()
     assert {"discrete": True, "reach": 2.0}.items() <= data.measure(moves, clips=3).items()
 
 
+def test_vectors_of_actions_are_given_to_the_network_with_unit_variance():
+    """In pixels, say, or in thousandths; each of their numbers by itself, unknown ones stay unknown."""
+    source, scales = Colours(), np.float32([300, 0.01, 0])              # the last never moves
+    source.clip = lambda index: (Colours().clip(index)[0],
+                                 np.random.default_rng(index).normal(size=(4, 3)).astype(np.float32) * scales)
+    stats = data.measure(source, clips=300)
+    actions = torch.from_numpy(np.stack([source.clip(i)[1] for i in range(300)]))
+    scaled = data.unit_actions(actions, stats)
+    assert np.allclose(scaled.square().mean((0, 1)), [1, 1, 0], rtol=1e-5)
+    assert torch.equal(scaled[:, :, 0].argsort(), actions[:, :, 0].argsort())
+    assert data.unit_actions(torch.full((1, 3), math.nan), stats).isnan().all()
+    moves = torch.tensor([[0, 4, -1]])
+    assert data.unit_actions(moves, stats) is moves and data.unit_actions(None, stats) is None
+    for without in ({}, {"action_rms": None}, {"action_rms": 0.0}):     # of earlier checkpoints, or no actions
+        assert torch.equal(data.unit_actions(actions, without), actions)
+
+
 @pytest.mark.parametrize("frames", [np.zeros((4, 3, 6, 6), np.float32), np.zeros((4, 6, 6, 3), np.uint8),
                                     np.zeros((5, 3, 6, 6), np.uint8)], ids=lambda x: f"{x.dtype} {x.shape}")
 def test_a_source_of_ones_own_with_other_frames_than_it_says_is_refused(frames):

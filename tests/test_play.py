@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,6 +142,72 @@ def test_the_memory_of_an_endless_game_does_not_grow(game):
         return sum(tensor.numel() for tensor in game.rollout.cache.tensors.values())
     assert kept_after(1) == kept_after(20) > 0
     assert game.rollout.cache.position == 23 and game.rollout.actions is None or game.rollout.actions.shape[1] == 2
+
+
+def test_from_nothing_every_restart_is_another_dream_and_a_gif_begins_with_what_was_made(parts):
+    model, _, stats, kind = parts
+    cfg = SimpleNamespace(**plain_settings(vars(sample)) | {"context": 0, "steps": 1, "scale": 1, "context_noise": 0.0})
+    game = sample.Game(model, None, stats, cfg, sample.rollout_settings(cfg), CPU)
+    game.page()
+    action, dreams = {"discrete": 3, "continuous": [0.5, -1], "none": None}[kind], []
+    with Image.open(io.BytesIO(game.encoded(sample.write_gif, [*game.last]))) as gif:
+        assert not np.asarray(gif.convert("RGB"))[1:-1, 1:-1].any()     # nothing yet: black
+    for _ in range(2):
+        dreams.append(pixels(game.play({"player": game.player, "do": "frame", "action": action})[0])[1:-1, 1:-1, 0])
+        assert len(game.last) == 1 and np.array_equal(game.last[0][0, 0], dreams[-1])
+        game.play({"player": game.player, "do": "restart"})
+    assert not np.array_equal(*dreams)
+
+
+def test_the_game_goes_on_while_a_gif_is_encoded(game, server, monkeypatch):
+    token, write_gif, begun, end = player(server), sample.write_gif, threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        begun.set()
+        assert end.wait(10)
+        write_gif(*arguments)
+    monkeypatch.setattr(sample, "write_gif", slow)
+    with ThreadPoolExecutor(1) as pool:
+        gif = pool.submit(ask, server, path="/gif")
+        assert begun.wait(10)
+        frame = ask(server, "POST", body={"player": token, "do": "frame", "action": game.an_action}, timeout=5)
+        end.set()
+        assert frame.code == 200
+        with Image.open(io.BytesIO(gif.result().body)) as picture:
+            assert picture.n_frames == 2                    # what was there when it was asked for
+
+
+def test_a_slow_reader_gets_the_whole_gif(game, server, monkeypatch):
+    """Whoever reads for longer than the timeout is no silent one."""
+    monkeypatch.setattr(sample.Handler, "timeout", 0.2)
+    monkeypatch.setattr(game, "encoded", lambda write, frames: b"x" * 6_000_000)
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        connection.connect(("127.0.0.1", server.server_port))
+        connection.sendall(b"GET /gif HTTP/1.0\r\nHost: 127.0.0.1:%d\r\n\r\n" % server.server_port)
+        count, began = 0, time.monotonic()
+        while part := connection.recv(1 << 17):
+            count += len(part)
+            time.sleep(0.02)
+    assert count > 6_000_000 and time.monotonic() - began > 0.5         # it took longer, so the test tells
+
+
+def test_a_page_that_leaves_makes_room_for_the_next(game, server):
+    first = player(server)
+    assert ask(server).code == 409
+    assert ask(server, "POST", body={"player": "another", "do": "leave"}).code == 409 and ask(server).code == 409
+    answer = ask(server, "POST", body={"player": first, "do": "leave"})
+    assert answer.code == 200 and not answer.body
+    late = ask(server, "POST", body={"player": first, "do": "frame", "action": game.an_action})
+    assert late.code == 409 and ask(server).code == 200
+
+
+def test_a_frame_that_is_not_finite_is_told_and_not_read(game, server):
+    token, position = player(server), game.rollout.cache.position
+    game.rollout.levels = [math.nan, 0.0]
+    answer = ask(server, "POST", body={"player": token, "do": "frame", "action": game.an_action})
+    assert answer.code == 500 and b"frame 3 has values that are not finite" in answer.body
+    assert game.rollout.cache.position == position
 
 
 # ------------------------------------------------------------------------------------------------
@@ -403,6 +470,12 @@ def until(condition, seconds=20):
     return found
 
 
+WATCH = """window.sent = []; const real = fetch
+    window.fetch = (url, how) => { sent.push(JSON.parse(how.body).action); return real(url, how) }
+    const beacon = navigator.sendBeacon.bind(navigator)
+    navigator.sendBeacon = (url, body) => { sessionStorage.left = body; return beacon(url, body) }"""
+
+
 def test_a_browser_plays(playing, browser, tmp_path):
     process, url = playing
     browser.get(url)
@@ -413,8 +486,7 @@ def test_a_browser_plays(playing, browser, tmp_path):
     until(lambda: (frame() or 0) > 5)
     assert "frames per second" in browser.find_element("id", "status").text
     # what the page sends with each frame, seen by a wrapper around fetch
-    browser.execute_script("""window.sent = []; const real = fetch
-        window.fetch = (url, how) => { sent.push(JSON.parse(how.body).action); return real(url, how) }""")
+    browser.execute_script(WATCH)
     from selenium.webdriver import ActionChains, Keys
     actions = ActionChains(browser)
     until(lambda: 0 in browser.execute_script("return sent"))
@@ -424,6 +496,21 @@ def test_a_browser_plays(playing, browser, tmp_path):
     until(lambda: browser.execute_script("return sent.at(-1)") == 0)
     actions.send_keys("2").perform()
     until(lambda: 2 in browser.execute_script("return sent"))          # a tap, however short
+    actions.key_down("4").key_down(Keys.SHIFT).perform()
+    until(lambda: 4 in browser.execute_script("return sent"))
+    browser.execute_script("onkeyup({key: '$', code: 'Digit4'})")      # what it is called with shift
+    until(lambda: browser.execute_script("return sent.at(-1)") == 0)
+    actions.key_up("4").key_up(Keys.SHIFT).key_down(Keys.CONTROL).send_keys("1").key_up(Keys.CONTROL).perform()
+    time.sleep(0.3)
+    assert 1 not in browser.execute_script("return sent")              # a shortcut of the browser's
+    browser.refresh()
+    until(lambda: browser.find_elements("id", "status") and (frame() or 0) > 5)
+    assert json.loads(browser.execute_script("return sessionStorage.left"))["do"] == "leave"   # the page before did
+    browser.execute_script(WATCH)
+    until(lambda: browser.execute_script("return sent.length") > 10)
+    browser.execute_script("document.getElementById('gif').click()")
+    until(lambda: browser.execute_script("return sent.length") > 20)   # it goes on
+    until(lambda: list(tmp_path.glob("*.gif")))[0].unlink()
 
     browser.find_element("id", "pause").click()
     until(lambda: browser.find_element("id", "status").text == "paused")

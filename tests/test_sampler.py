@@ -727,6 +727,13 @@ def test_a_film_has_the_frames_side_by_side_at_its_speed(tmp_path, name):
             assert abs(float(picture[12:35, 47 * n + 12:47 * n + 35].mean()) - grey) < 6
 
 
+def test_a_film_made_twice_is_the_same_file(tmp_path, videos):
+    pytest.importorskip("av")
+    for name in ("a.webm", "b.webm"):
+        write(tmp_path / name, videos)
+    assert (tmp_path / "a.webm").read_bytes() == (tmp_path / "b.webm").read_bytes()
+
+
 def test_a_gif_keeps_a_speed_that_its_clock_cannot_count(tmp_path, videos):
     write(tmp_path / "a.gif", np.concatenate([videos] * 3, axis=1), fps=30)
     durations = [duration for _, duration in pictures_of(tmp_path / "a.gif")]

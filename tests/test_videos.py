@@ -941,6 +941,7 @@ def test_box_actions_are_recorded_as_vectors(here):
     assert meta["action_dim"] == 1 and not meta["discrete"]
     recorded = [np.load(path) for path in (here / "game").rglob("*.actions.npy")]
     assert meta["reach"] == max(abs(actions).max() for actions in recorded) > 1          # of 2
+    assert np.allclose(meta["action_rms"], np.sqrt(np.mean(np.concatenate(recorded) ** 2, axis=0)))
     frames, actions = source(here / "game", frame_size=16).clip(0)
     assert frames.shape == (4, 3, 16, 16) and actions.shape == (4, 1) and actions.dtype == np.float32
     assert data.measure(source(here / "game", frame_size=16))["discrete"] is False
