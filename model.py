@@ -206,6 +206,10 @@ class Sequence:
         """Of x b s t .. the frames to be denoised: b r t .., without clean ones."""
         return x[:, int(self.cache is None or self.commit):]
 
+    def to_noised(self, x):
+        """Of x b t .., the same for every copy, what meets the frames that `noised` chooses: b 1 t .."""
+        return x[:, None]
+
     def noised_only(self, x):
         """(b s t) c .. -> (b r t) c .."""
         return fold(self.noised(self.unfold(x)))
@@ -237,9 +241,10 @@ class CausalConv(MPWeight):
         weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
         y = F.conv2d(seq.going_on(x), weight[0], padding=1)
         if self.kernel > 1:
-            past = self.past(seq.unfold(x), weight[1:], seq)[:, None]                    # the same for every copy
+            past = self.past(seq.unfold(x), weight[1:], seq)
+            past = seq.to_noised(past) if seq.last else past[:, None]                    # the same for every copy
             y = fold(y.movedim(1, -1).unflatten(0, (len(past), -1, past.shape[2])) + past)
-            scale = fold(seq.unfold(scale) * self.table(x, seq))
+            scale = (scale.unflatten(0, (-1, seq.frames)) * self.table(x, seq)).flatten(0, 1)
         return y * seq.going_on(scale)[..., None, None]
 
     def table(self, x, seq):
@@ -288,7 +293,7 @@ class PastSkip(CausalConv):
         """x: (b s t) c h w -> (b r t) c h w of the frames to be denoised."""
         x, gain = seq.unfold(x), seq.of_positions(past_skip_gain, x.device, self.kernel, x.dtype)
         past = self.past(x, self.scaled(x.dtype, 0.5 ** 0.5), seq)
-        return fold(torch.addcmul(past[:, None], seq.noised(x), gain))
+        return fold(torch.addcmul(seq.to_noised(past), seq.noised(x), seq.to_noised(gain[None])))
 
 
 # ---------------------------------------------------------------------------------------------------

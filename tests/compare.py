@@ -43,6 +43,7 @@ from data import (
     require,
     to_network,
     to_pixels,
+    unit_actions,
 )
 from model import ModelConfig
 
@@ -88,7 +89,7 @@ def train_step(model, optimizer, batch, step, stats, cfg):
     numbers, frames, actions = batch
     frames = to_network(frames, stats, cfg.sigma_data)
     noise = train.draw_noise(numbers, cfg.noised_copies, frames.shape[1:], cfg, frames.device)
-    model.loss(frames, actions, noise, cfg).backward()
+    model.loss(frames, unit_actions(actions, stats), noise, cfg).backward()
     train.optimizer_step(model, optimizer, step - 1, cfg)   # its gradient norm waits for the GPU
 
 
@@ -181,7 +182,8 @@ def rollout_error(model, held_out, stats, cfg, device):
     clips, actions = clips.to(device), None if actions is None else actions.to(device)
     given, truth = cfg.eval_context, to_network(clips, stats, cfg.sigma_data)
     if isinstance(model, WholeClip):
-        made = to_pixels(model.go_on(truth[:, :given], clips.shape[1], actions, **SAMPLER), stats, cfg.sigma_data)
+        made = model.go_on(truth[:, :given], clips.shape[1], unit_actions(actions, stats), **SAMPLER)
+        made = to_pixels(made, stats, cfg.sigma_data)
     else:
         made = rolled_out(model, clips, clips.shape[1], stats, cfg, actions).to(device)[:, given:]
     error = (to_network(made, stats, cfg.sigma_data) - truth[:, given:]).square().mean(dim=(0, 2, 3, 4))
@@ -275,7 +277,7 @@ def memory(model, stats, cfg, device, sigma=10.0):
     levels = torch.full((len(clips), 1, clips.shape[1]), sigma, device=device)
     answers = {"copy of the last frame": clips[:, :-1], "black": clips.amin().expand_as(clips)[:, 1:],
                "error": model(*train.clean_and_noised(clips, levels, torch.stack(noise)[:, None]),
-                              actions.to(device))[0][:, 0, 1:]}
+                              unit_actions(actions.to(device), stats))[0][:, 0, 1:]}
     errors = {who: ((answer - clips[:, 1:]) ** 2 / cfg.sigma_data ** 2)[:, :, 0].cpu().numpy()
               for who, answer in answers.items()}
     groups = [(gap >= low) & (gap <= high) for low, high in GAPS]

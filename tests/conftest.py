@@ -4,6 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,3 +22,25 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def vectors_of_thousands(monkeypatch):
+    """Worlds have vectors of actions, of three numbers between -4000 and 4000, from here on. What networks are given
+    of them is put into the list."""
+    from data import CanvasWorld
+    from model import Denoiser
+    given, clip, init, embed = [], CanvasWorld.clip, CanvasWorld.__init__, Denoiser.embed
+
+    def of_vectors(self, cfg, split):
+        init(self, cfg, split)
+        self.action_dim = 3
+
+    def observed(self, sigma, actions):
+        given.append(actions)
+        return embed(self, sigma, actions)
+    monkeypatch.setattr(CanvasWorld, "__init__", of_vectors)
+    monkeypatch.setattr(CanvasWorld, "clip", lambda self, i: (
+        (clip(self, i)[0], np.random.default_rng(i).uniform(-4000, 4000, (self.frames, 3)).astype(np.float32))))
+    monkeypatch.setattr(Denoiser, "embed", observed)
+    return given

@@ -58,7 +58,8 @@ LABELS = {"train": ("train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9
 def read_labels(data_dir, split):
     """The label of each digit of the bank of `split`, as data.py divides the images there are; fetched if missing."""
     images = present(data_dir)
-    require(images, f"{data_dir}: no MNIST images are there, and digits drawn with a font have no labels")
+    require(images, f"{data_dir}: no MNIST images are there, and digits drawn with a font have no labels: give MNIST's "
+                    "folder as --data_dir")
     name, md5 = LABELS[split if len(images) == 2 else next(iter(images))]
     files = [Path(data_dir, file) for file in (name, name.removesuffix(".gz"))]
     if not any(file.exists() for file in files):

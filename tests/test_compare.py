@@ -357,3 +357,12 @@ def test_finished_entries_are_kept_and_other_settings_refused(cfg, monkeypatch, 
     cfg.regimes, cfg.lr = ("last", "ours"), lr
     with pytest.raises(AssertionError, match="trained again"):
         compare.main(cfg)
+
+
+def test_other_regimes_are_given_vectors_of_actions_in_the_same_scale(cfg, vectors_of_thousands):
+    cfg.dataset, cfg.digits, cfg.speed, cfg.gflop, cfg.points = "world", 3, (4.0, 4.0), 1.0, 1
+    for name in ("last", "whole"):
+        del vectors_of_thousands[:]
+        compare.train_entry(name, cfg, torch.device("cpu"))
+        counted, *rest = vectors_of_thousands               # operations are counted first, whatever the numbers
+        assert len(rest) > 3 and all(1 < actions.abs().max() < 2 for actions in rest)

@@ -113,6 +113,12 @@ def test_an_action_changes_the_frame_it_leads_to_where_there_are_actions(game):
     assert np.array_equal(*frames) == (game.an_action is None)
 
 
+def test_a_pages_vector_is_scaled_as_in_training(game):
+    if game.model.cfg.action_dim == 2:
+        rms = torch.tensor(game.stats["action_rms"])
+        assert (rms > 1.5).all() and torch.equal(game.read_action([0.5, -1]), torch.tensor([[[0.5, -1]]]) / rms)
+
+
 def test_restarting_shows_the_next_clips_given_frames(game, server):
     token = player(server)
     for number in (1, 2):

@@ -1047,6 +1047,15 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for_once(tiny, tmp_path, monk
         assert (tmp_path / "cut" / f"rollout-0000000{at}.png").exists()
 
 
+WORLD = {"dataset": "world", "digits": 3, "canvas_size": 24, "speed": "4,4"}
+
+
+def test_in_training_evaluation_and_pictures_vectors_of_actions_have_one_scale(tiny, vectors_of_thousands):
+    train.main(tiny(**WORLD, max_steps=2, eval_interval=2))
+    assert len(vectors_of_thousands) > 10
+    assert all(1 < actions.abs().max() < 2 for actions in vectors_of_thousands)         # 3 ** .5 of uniform ones
+
+
 def test_an_evaluation_holds_no_more_clips_at_once_than_training(tiny, monkeypatch):
     def counted(source, numbers, device):
         sizes.append(len(numbers))
