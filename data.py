@@ -56,12 +56,12 @@ workers = 0                 # processes; 0: one per core
 data_dir = "data/mnist"     # folder of the two MNIST images files; missing ones are downloaded into it
 
 class Unusable(UserError):
-    """What is wrong with one source of frames; the others may be fine."""
+    """Something is wrong with one source of frames; it is left out, and the others are used."""
 
 
 @contextlib.contextmanager
-def telling(message, *kinds, become=UserError):
-    """A block whose errors of some kinds become another, which says `message` of the first line of what they say."""
+def reraise(message, *kinds, become=UserError):
+    """A block whose errors of these kinds become a `become`, its text message(first line of the error's text)."""
     try:
         yield
     except UserError:                                       # it says already what is wrong
@@ -103,8 +103,8 @@ MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.go
 def read_idx(path):
     """The uint8 (n, h, w) of an images file, gzipped or not: int32 (2051, n, h, w), big-endian, then the pixels."""
     fix = f"delete it, and `python data.py --data_dir={path.parent}` downloads it again"
-    with telling(lambda error: f"{path} cannot be used: {error}; {fix}", OSError, EOFError, zlib.error, ValueError):
-        raw = path.read_bytes()                             # the first three are gzip's
+    with reraise(lambda error: f"{path} cannot be used: {error}; {fix}", OSError, EOFError, zlib.error, ValueError):
+        raw = path.read_bytes()                             # of the errors above, the first three are gzip's
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
         magic, n, h, w = np.frombuffer(raw, ">i4", count=4).tolist()    # a ValueError if there are not so many
         if magic != 2051 or min(n, h, w) < 1 or len(raw) != 16 + n * h * w:
@@ -156,12 +156,12 @@ def draw_digit(text, rng):
 
 
 def font_digits(split, seed):
-    """uint8 (n, 28, 28), as many of each of the ten; train and val come from different random streams."""
+    """uint8 (n, 28, 28), equally many of each digit; train and val come from different random streams."""
     rng, count = np.random.default_rng((seed, STREAMS[split] + 2, 0)), {"train": 3000, "val": 500}[split]
     return np.stack([draw_digit(str(i % 10), rng) for i in range(count)])
 
 
-def present(data_dir):
+def mnist_files(data_dir):
     """{split: path} of the images files that are there, gzipped or unpacked."""
     paths = [(split, Path(data_dir, name)) for split, gz in FILES.items() for name in (gz[:-3], gz)]
     return {split: path for split, path in paths if os.path.exists(path)}
@@ -171,7 +171,7 @@ def present(data_dir):
 def fetch(data_dir):
     """Download the images files that are missing. Returns the reason if it fails, else None."""
     try:
-        for split in sorted(FILES.keys() - present(data_dir)):
+        for split in sorted(FILES.keys() - mnist_files(data_dir)):
             download(FILES[split], data_dir)
     except UserError as error:
         return str(error)
@@ -180,9 +180,9 @@ def fetch(data_dir):
 @functools.cache                                            # one message per process
 def find_images(data_dir):
     """{split: path} of the images files. Downloads if there is no file at all."""
-    reason = None if present(data_dir) else fetch(data_dir)
-    files = present(data_dir)
-    if len(files) < 2 and os.environ.get("RANK", "0") == "0":       # of torchrun's processes one tells
+    reason = None if mnist_files(data_dir) else fetch(data_dir)
+    files = mnist_files(data_dir)
+    if len(files) < 2 and os.environ.get("RANK", "0") == "0":       # one of torchrun's processes says so
         failed = f"MNIST could not be downloaded into {data_dir} ({reason}). " if reason else ""
         only, names = "".join(map(str, files.values())), " and ".join(FILES.values())
         part = f"Only {only} is there: 'val' is the last tenth of its digits"
@@ -258,7 +258,7 @@ class MovingDigits:
     """Digits that move over a black square and bounce off its walls. With cfg.whole_pixels, places and velocities are
     whole pixels, so that away from walls a frame is an exact shift of the last one; else real numbers, rounded to draw,
     as in Moving MNIST. At a wall cfg.bounce 'reflect' mirrors the velocity, and 'random' draws a new direction, with
-    whole pixels also a new speed: too few are equally fast."""
+    whole pixels also a new speed, as too few such velocities have the same."""
 
     def __init__(self, cfg, split):
         check_digits(cfg, split)
@@ -359,7 +359,7 @@ FILMS = (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".ts")
 
 def reading(path):
     """Each decoder has its own ways to fail on a damaged file: all become Unusable, and name it."""
-    return telling(lambda error: f"{path} cannot be read: {error}", Exception, become=Unusable)
+    return reraise(lambda error: f"{path} cannot be read: {error}", Exception, become=Unusable)
 
 
 def read_array(path):
@@ -380,7 +380,7 @@ def read_pictures(path):
     """(seconds, frame) of a GIF, by its clock; a single picture has no time."""
     with Image.open(path) as pictures:
         milliseconds = 0
-        stored = [pictures] if pictures.format == "MPO" else ImageSequence.Iterator(pictures)    # a photo, previews
+        stored = [pictures] if pictures.format == "MPO" else ImageSequence.Iterator(pictures)    # MPO: photo, previews
         for picture in stored:
             require(not picture.mode.startswith(("I", "F")), f"{path} has more than 8 bits a channel", Unusable)
             upright = ImageOps.exif_transpose(picture)
@@ -397,8 +397,8 @@ def read_film(path):
                                                 f"{av.__version__}: pip install -U av", Unusable)
     with av.open(str(path)) as film:
         require(film.streams.video, f"{path} has no video", Unusable)
-        stream, untimed = film.streams.video[0], film.format.name == "avi"      # its times are those of decoding
-        stretch = stream.sample_aspect_ratio or 1           # and turned, as players show it
+        stream, untimed = film.streams.video[0], film.format.name == "avi"      # which stores no display times
+        stretch = stream.sample_aspect_ratio or 1           # frames are stretched and turned, as players show them
         for number, frame in enumerate(film.decode(video=0)):
             picture = frame.to_ndarray(format="rgb24", width=round(frame.width * stretch), height=frame.height)
             seconds = frame.time if frame.time is not None and not untimed else number / stream.average_rate
@@ -430,7 +430,7 @@ def decode(path):
             yield from (read_pictures if kind in (".gif", *PICTURES) else read_film)(path)
 
 
-def fit(frame, shape, letterbox=False):
+def crop(frame, shape, letterbox=False):
     """A uint8 frame h w c in `shape` (c, h, w): its centre cropped to the proportions, or with black bars, then
     resized. A latent c h w stays in its own."""
     if frame.dtype != np.uint8:
@@ -445,9 +445,9 @@ def fit(frame, shape, letterbox=False):
 
 
 def at_rate(timed, fps):
-    """Of (seconds, item) pairs, the item that is on at each tick of a clock of `fps` ticks a second that starts with
-    the first one, or comes on right after it: files round times, GIFs to hundredths. Every item if fps is 0, or if they
-    have no times."""
+    """From (seconds, item) pairs, the item shown at each tick of a clock of `fps` ticks a second, which starts with the
+    first item. One that comes up to .15 ticks late counts as in time: files round times, GIFs to hundredths. Every item
+    if fps is 0, or if they have no times."""
     on, began, ticks = None, None, 0
     for seconds, item in timed:
         if not fps or seconds is None:
@@ -455,7 +455,7 @@ def at_rate(timed, fps):
             continue
         began = seconds if began is None else began
         now = (seconds - began) * fps
-        due = math.ceil(now - 0.15)                         # ticks before it
+        due = math.ceil(now - 0.15)                         # ticks before this item comes on
         yield from itertools.repeat(on, due - ticks)
         on, ticks, last_tick = item, max(due, ticks), now + 0.15
     if began is not None and ticks <= last_tick:
@@ -468,7 +468,7 @@ def actions_beside(path):
 
 
 def with_actions(timed, path):
-    """(seconds, (frame, action)) of (seconds, frame): the rows of the actions beside the source, else None."""
+    """(seconds, frame) -> (seconds, (frame, action)); the action is None if no file of actions lies beside `path`."""
     beside = actions_beside(path)
     if not beside.exists():
         yield from ((seconds, (frame, None)) for seconds, frame in timed)
@@ -529,14 +529,14 @@ def play_episode(cfg, number):
     discrete ones count from 0."""
     import gymnasium
     seed = int(np.random.SeedSequence((cfg.seed, number)).generate_state(1)[0])
-    with telling(lambda error: f"--env={cfg.env}, episode {number}: {error}", Exception):
+    with reraise(lambda error: f"--env={cfg.env}, episode {number}: {error}", Exception):
         with contextlib.closing(gymnasium.make(cfg.env, render_mode="rgb_array")) as env:
-            env.reset(seed=seed)
-            env.action_space.seed(seed)
             space, spaces = env.action_space, gymnasium.spaces
+            env.reset(seed=seed)
+            space.seed(seed)
             require(isinstance(space, spaces.Discrete) or isinstance(space, spaces.Box) and len(space.shape) == 1,
                     f"--env={cfg.env}: actions {space}; only Discrete and flat Box ones can be recorded")
-            first, action, over = getattr(env.action_space, "start", 0), np.zeros_like(env.action_space.sample()), False
+            first, action, over = getattr(space, "start", 0), np.zeros_like(space.sample()), False
             for _ in range(cfg.max_frames):
                 frame = env.render()
                 found = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
@@ -545,7 +545,7 @@ def play_episode(cfg, number):
                 yield frame, action
                 if over:
                     break
-                action = env.action_space.sample()
+                action = space.sample()
                 _, _, terminated, truncated, _ = env.step(action)
                 action, over = action - first, terminated or truncated
 
@@ -556,7 +556,7 @@ def write_frames(path, name, pairs, cfg):
     actions, shape, total = [], None, 0
     with replacing(path) as temporary, open(temporary, "wb") as file:
         for frame, action in pairs:
-            frame = fit(frame, (cfg.channels, cfg.size, cfg.size), cfg.letterbox)
+            frame = crop(frame, (cfg.channels, cfg.size, cfg.size), cfg.letterbox)
             shape = shape or frame.shape
             require(frame.shape == shape and np.isfinite(frame).all(), f"{name}: frame {len(actions) + 1} is "
                     f"{frame.shape} after {shape}, or not finite in float16", Unusable)
@@ -581,14 +581,14 @@ def write_actions(path, actions):
                 reach=reach, action_square=square.tolist())
 
 
-def stored(folder, name, suffix):
-    """A file of the clip `name`. A name may be "." or have dots, of which `with_suffix` has its own idea."""
+def clip_path(folder, name, suffix):
+    """The path of a file of the clip `name`. Not by `with_suffix`, as a name may be "." or have dots in it."""
     return Path(folder, "clips", f"{name}{suffix}")
 
 
 def damage(folder, kind, name, frames, acted):
     """What is wrong with the files of the clip `name`, frames of a kind (shape, dtype), or None if nothing is."""
-    raw, actions = stored(folder, name, ".raw"), stored(folder, name, ".actions.npy")
+    raw, actions = clip_path(folder, name, ".raw"), clip_path(folder, name, ".actions.npy")
     expected = frames * math.prod(kind["shape"]) * np.dtype(kind["dtype"]).itemsize
     found = raw.stat().st_size if raw.exists() else 0
     if found != expected:
@@ -599,7 +599,7 @@ def damage(folder, kind, name, frames, acted):
 
 def prepare_source(cfg, name):
     """Stores the frames of one source, unless this was done. Returns why it is unusable, or None."""
-    raw, record_file, actions_file = (stored(cfg.out, name, suffix) for suffix in (".raw", ".json", ".actions.npy"))
+    raw, record_file, actions_file = (clip_path(cfg.out, name, suffix) for suffix in (".raw", ".json", ".actions.npy"))
     path = Path(cfg.src, name).absolute()
     if len(os.fsencode(raw.name)) > 220:                    # of 255, as temporary files have longer ones
         return f"{name}: its name is too long: rename it"
@@ -623,7 +623,7 @@ def prepare_source(cfg, name):
 
 def read_json(path):
     fix = "delete it, and prepare the clips again"
-    with telling(lambda error: f"{path} cannot be read ({error}): {fix}", OSError, ValueError):
+    with reraise(lambda error: f"{path} cannot be read ({error}): {fix}", OSError, ValueError):
         return json.loads(path.read_text())
 
 
@@ -635,8 +635,8 @@ def read_meta(folder):
 
 
 def held_out(names, share, before):
-    """At least one of the names, never all: those whose hash is low. What a set that grows held out `before` stays so,
-    and what it trained on too."""
+    """The names to hold out, at least one and never all: those whose hash is low. When a set grows, what was held out
+    `before` stays so, and what was trained on too."""
     draw = {name: int(hashlib.md5(os.fsencode(name), usedforsecurity=False).hexdigest(), 16) / 2 ** 128
             for name in names}
     held, trained = ({clip[0] for clip in before[split]} for split in ("val", "train"))
@@ -645,7 +645,7 @@ def held_out(names, share, before):
 
 
 def combine(records, share, left_out, before):
-    """What training looks up, out of the records of all clips of the kind that most are of."""
+    """The contents of meta.json, from the records of all clips; those unlike most in dtype or shape are left out."""
     kinds = {record["name"]: (record["dtype"], *record["shape"]) for record in records}
     kind, count = collections.Counter(kinds.values()).most_common(1)[0]
     unlike = {name: f"{name}: {other}, unlike {kind} of {count} others"
@@ -654,10 +654,10 @@ def combine(records, share, left_out, before):
         print(f"left out: {reason}", flush=True)
     left_out, records = left_out | unlike, [record for record in records if record["name"] not in unlike]
     acted = [record for record in records if record["action_dim"]]
-    kinds = {"discrete actions" if record["discrete"] else f"vectors of {record['action_dim']}": record["name"]
-             for record in acted}
-    require(len(kinds) < 2, "actions are of different kinds: "
-                            f"{', '.join(f'{name} has {kind}' for kind, name in kinds.items())}: take some out")
+    actions = {"discrete actions" if record["discrete"] else f"vectors of {record['action_dim']}": record["name"]
+               for record in acted}
+    require(len(actions) < 2, "actions are of different kinds: "
+                              f"{', '.join(f'{name} has {some}' for some, name in actions.items())}: take some out")
     frames = np.array([record["frames"] for record in records])
     mean, square = (frames @ np.array([record[key] for record in records]) / frames.sum() for key in ("mean", "square"))
     val = set(held_out([record["name"] for record in records], share, before))
@@ -672,7 +672,7 @@ def combine(records, share, left_out, before):
 
 
 def check_prepare(cfg):
-    """UserError for settings that cannot work, and for a folder prepared with others."""
+    """UserError for settings that cannot work, and for a folder prepared with others. Starts a new set's meta.json."""
     require(not (cfg.src and cfg.env), "give --src (files) or --env (a gymnasium environment), not both")
     all_finite(cfg)
     at_least(cfg, 2, "max_frames", "min_frames")
@@ -686,15 +686,15 @@ def check_prepare(cfg):
     meta, wanted = Path(cfg.out, "meta.json"), made_with(cfg)
     before = read_meta(cfg.out)["made_with"] if meta.exists() else {}
     changed = [f"{name} was {before[name]}, now {now}" for name, now in wanted.items() if before.get(name, now) != now]
-    if not (before and any(Path(cfg.out).glob("clips/**/*.json"))):     # nothing was prepared with them
-        changed = []
+    if before and any(Path(cfg.out).glob("clips/**/*.json")):
+        require(not changed, f"{cfg.out} was prepared with other settings ({'; '.join(changed)}): choose another --out")
+    else:                                                   # nothing was prepared with them
         with replacing(meta) as temporary:
             temporary.write_text(json.dumps(dict(made_with=wanted, train=[], val=[])))
-    require(not changed, f"{cfg.out} was prepared with other settings ({'; '.join(changed)}): choose another --out")
 
 
 def begin_worker():
-    """Of a process: it ends as soon as the one that started it has ended."""
+    """In a worker process: ends it as soon as the process that started it has ended."""
     def watch():
         multiprocessing.parent_process().join()
         os._exit(1)
@@ -705,7 +705,7 @@ def in_processes(cfg, names):
     """{name: why it is unusable}, out of several processes."""
     left_out = {}
     pool = ProcessPoolExecutor(cfg.workers or os.cpu_count(), multiprocessing.get_context("spawn"), begin_worker)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process: those it starts inherit this
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers inherit it: Ctrl-C reaches this process alone
     jobs = {pool.submit(prepare_source, cfg, name): name for name in names}
     signal.signal(signal.SIGINT, handler)
     try:
@@ -728,8 +728,8 @@ def in_processes(cfg, names):
 
 
 def prepare(cfg):
-    """Clips of all sources into cfg.out; what was done before is not done again. What has left the source since is
-    not forgotten on the disk, but no part of the set: if it was only moved, it would be in it twice."""
+    """Prepares clips of all sources in cfg.out; what was done before is not done again. Clips whose source is gone stay
+    on the disk but leave the set, as one that was only moved would be in it twice."""
     check_prepare(cfg)
     folder = Path(cfg.out)
     names = [f"{number:06d}" for number in range(cfg.episodes)] if cfg.env else find_sources(cfg.src)
@@ -741,7 +741,7 @@ def prepare(cfg):
     left_out, before = in_processes(cfg, names), read_json(folder / "meta.json")
     if gone := [name for name, *_ in (*before["train"], *before["val"]) if name not in names]:
         print(f"{len(gone)} clips of before, such as {gone[0]}, are no longer there: left out", flush=True)
-    records = [read_json(stored(folder, name, ".json")) for name in names if name not in left_out]
+    records = [read_json(clip_path(folder, name, ".json")) for name in names if name not in left_out]
     require(records, f"nothing in {cfg.src or cfg.env} was usable")
     meta = before | combine(records, cfg.val_share, left_out, before)
     if cfg.env and meta["discrete"]:                        # some actions may never have been drawn
@@ -790,8 +790,8 @@ class VideoClips:
         self.ends = np.cumsum([length - self.span + 1 for _, length, _ in self.clips])   # of each clip's windows
         self.stream = (cfg.seed, STREAMS[split])
         total = sum(length for _, length, _ in self.clips)
-        made = zlib.crc32(json.dumps([self.meta["mean"], self.meta["std"], self.meta["made_with"]]).encode())
-        self.origin = f"{len(self.clips)} {split} clips, {total} frames, of {folder}, set {made:08x}"
+        digest = zlib.crc32(json.dumps([self.meta["mean"], self.meta["std"], self.meta["made_with"]]).encode())
+        self.origin = f"{len(self.clips)} {split} clips, {total} frames, of {folder}, set {digest:08x}"
 
     def clip(self, index):
         """Clip `index` as (uint8 or float16 (t, c, h, w), actions (t,) or (t, a) or None)."""
@@ -799,7 +799,7 @@ class VideoClips:
         window = rng.integers(self.ends[-1])
         number = np.searchsorted(self.ends, window, side="right")
         name, length, acted = self.clips[number]
-        path, start = stored(self.folder, name, ".raw"), self.ends[number] - 1 - window
+        path, start = clip_path(self.folder, name, ".raw"), self.ends[number] - 1 - window
         taken = slice(start, start + self.span, self.cfg.stride)
         frames = np.array(np.memmap(path, self.meta["dtype"], "r", shape=(length, *self.shape))[taken])
         if self.flip and rng.random() < 0.5:
@@ -807,7 +807,7 @@ class VideoClips:
         if not self.action_dim:
             return frames, None
         if acted:
-            return frames, np.load(stored(self.folder, name, ".actions.npy"))[taken]
+            return frames, np.load(clip_path(self.folder, name, ".actions.npy"))[taken]
         return frames, np.full(self.frames, -1) if self.meta["discrete"] else \
             np.full((self.frames, self.action_dim), np.nan, np.float32)
 
@@ -835,16 +835,16 @@ def action_moments(actions):
 
 
 def statistics(mean, square):
-    """dict(mean, std), each a list of c floats. A channel that never changes is given a small std, as what a network
-    makes of it is multiplied with it."""
+    """dict(mean, std), each a list of c floats. A channel that never changes gets a small std, so that the network's
+    errors in it, which `to_pixels` multiplies by std, stay small."""
     variance = square - mean ** 2
     std = np.where(variance > 1e-9 * square, variance, 0) ** 0.5        # what is less is rounding
     return dict(mean=mean.tolist(), std=std.clip(std.max() / 100 or 1).tolist())
 
 
 def measure(source, clips=256):
-    """The `statistics` of the first clips, whether they are latents, and of their actions the kind, the largest and
-    the root mean square; prepared clips know it all."""
+    """The stats of a source: `statistics` of its first clips, whether they are latents, and of their actions the kind,
+    the largest magnitude and the root mean square. Prepared clips have all of them in `source.stats`."""
     if hasattr(source, "stats"):
         return source.stats
     measured, reach, squares = [], 0.0, []
@@ -892,14 +892,14 @@ def to_pixels(x, stats, sigma_data):
 # Batches: the clips a process sees depend only on the step and its rank, so a run can stop and go on.
 
 def load_batch(source, indices, device="cpu"):
-    """Clips `indices` as (uint8 (b, t, c, h, w), actions (b, t, ...) or None)."""
+    """Clips `indices` as [uint8 or float16 (b, t, c, h, w), actions (b, t, ...) or None]."""
     frames, actions = zip(*map(source.clip, indices))
     return [None if part[0] is None else torch.from_numpy(np.stack(part)).to(device) for part in (frames, actions)]
 
 
 class Batches(Iterator, contextlib.AbstractContextManager):
     """An endless iterator over micro-batches (sample numbers, frames, actions), loaded ahead by threads, whose
-    errors `next` raises. The numbers are b ints; frames (uint8 (b, t, c, h, w)) and actions are on `device`. Step k
+    errors `next` raises. The numbers are b ints; frames (b, t, c, h, w), as stored, and actions are on `device`. Step k
     trains on samples k * batch_size to (k + 1) * batch_size - 1; sample number i is clip i. They go in order to the
     step's `accumulate` micro-batches, and those of each in order to the `world_size` processes."""
 
@@ -910,7 +910,7 @@ class Batches(Iterator, contextlib.AbstractContextManager):
         self.source, self.device, self.size = source, torch.device(device), batch_size // parts
         self.firsts = itertools.count(start * batch_size + rank * self.size, batch_size // accumulate)
         self.threads = ThreadPoolExecutor(prefetch)
-        self.ahead = [self.threads.submit(self._load, next(self.firsts)) for _ in range(prefetch)]
+        self.pending = [self.threads.submit(self._load, next(self.firsts)) for _ in range(prefetch)]
 
     def _load(self, first):
         """In a thread: the micro-batch from sample number `first` on."""
@@ -923,8 +923,8 @@ class Batches(Iterator, contextlib.AbstractContextManager):
         return list(numbers), *tensors
 
     def __next__(self):
-        numbers, *tensors = self.ahead[0].result()          # an error stays there, for whoever asks again
-        self.ahead = [*self.ahead[1:], self.threads.submit(self._load, next(self.firsts))]
+        numbers, *tensors = self.pending[0].result()          # an error stays there, for whoever asks again
+        self.pending = [*self.pending[1:], self.threads.submit(self._load, next(self.firsts))]
         return numbers, *(None if tensor is None else tensor.to(self.device, non_blocking=True) for tensor in tensors)
 
     def __exit__(self, *_):

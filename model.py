@@ -40,8 +40,8 @@ def mp_silu(x):
 
 
 def blend(t):
-    """The factors of a and b in mp_sum(a, b, t) (EDM2 Eq. 88). Where b comes out of a convolution, its factor,
-    like `SILU_GAIN`, goes into the weights: a pass over the activations saved, forward and backward."""
+    """The factors of a and b in mp_sum(a, b, t) (EDM2 Eq. 88). Where b is the output of a convolution, its factor is
+    folded into the weights, as `SILU_GAIN` is: that saves a pass over the activations, forward and backward."""
     return (1 - t) / math.hypot(1 - t, t), t / math.hypot(1 - t, t)
 
 
@@ -81,11 +81,11 @@ class MPWeight(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(unit_rms(torch.randn(shape), tuple(range(1, len(shape)))))
         self.fan_in = math.prod(shape[1:])
-        self.frozen = None, None, None                      # what `scaled` last returned for what, if not training
+        self.frozen = None, None, None                      # (key, state, result) that `scaled` keeps
 
     def scaled(self, dtype, gain=1.0):
-        """The weight as it acts; when no gradient is wanted, computed once, until the weight is written to (not through
-        `.data`). A compiled evaluation takes what the one before it, not compiled, has computed."""
+        """The weight as it is used. If it needs no gradient, it is computed once and kept until the weight is written
+        to (writes through `.data` go unnoticed). Compiled code uses what the uncompiled pass before it computed."""
         weight, known, compiling = self.weight, self.frozen, torch.compiler.is_compiling()
         key = dtype, gain, weight.device
         if weight.requires_grad or compiling and known[0] != key:
@@ -141,13 +141,13 @@ class Cache:
     def __init__(self, device="cpu"):
         self.clock = torch.zeros((), dtype=torch.long, device=device)    # frames read so far = present frame's index
         self.tensors = {}                                   # layer -> tensor, rewritten in place ever after
-        self.tables = {}                                    # (function, settings) -> of the present frame, likewise
+        self.tables = {}                                    # (function, *settings) -> its value at `clock`, likewise
 
     @property
     def position(self):
         return self.clock.item()
 
-    def of(self, layer, shape, like):
+    def buffer(self, layer, shape, like):
         if layer not in self.tensors:
             self.tensors[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
         found = tuple(self.tensors[layer].shape)
@@ -156,8 +156,8 @@ class Cache:
         return self.tensors[layer]
 
     def __deepcopy__(self, memo):
-        """The same past, to go on from in another way. Layers, which are told apart by identity, are the same, too,
-        unless they have just been copied as part of what holds the cache."""
+        """A copy of the past, to go on from otherwise. Its keys are the same layers, unless these are copied, too, as
+        parts of whatever holds the cache: then they are the copies."""
         other = Cache(self.clock.device)
         other.clock = self.clock.clone()
         other.tensors, other.tables = ({memo.get(id(key), key): tensor.clone() for key, tensor in tensors.items()}
@@ -177,19 +177,19 @@ def fold(x):
 
 @dataclass
 class Sequence:
-    """The layout `(b s t)` of a pass. Without a cache: s = copies, copy 0 clean, t from the first frame on.
-    With one: one copy of one frame, the present one; `commit` says that it is clean, to be kept. `last` says that
-    the layer is the last one that mixes time: clean frames have no reader behind it, and go no further. `masks`, on
-    a GPU, are FlexAttention's, by the positions of a frame."""
+    """How a pass lays out its frames, `(b s t)`. Training, without a cache: `copies` of `frames` frames, copy 0 clean.
+    Sampling, with a cache: one copy of one frame, the present one; `commit`: it is clean and enters the cache. `last`:
+    the layer is the last that mixes time, and drops the clean frames, which nothing after it reads. `masks`, on a GPU:
+    FlexAttention's, keyed by the number of positions in a frame."""
     copies: int = 1
     frames: int = 1
     cache: Cache = None
     commit: bool = False
     last: bool = False
     masks: dict = None
-    tables: dict = field(default_factory=dict)              # what `of_positions` has returned, without a cache
+    tables: dict = field(default_factory=dict)              # what `position_table` has returned, without a cache
 
-    def of_positions(self, function, device, *settings):
+    def position_table(self, function, device, *settings):
         """function(index of each frame in its clip or rollout, *settings), computed once for all layers of a pass, and
         with a cache once for all passes on a frame."""
         tables, key = self.tables if self.cache is None else self.cache.tables, (function, *settings)
@@ -203,19 +203,19 @@ class Sequence:
         return x.movedim(1, -1).unflatten(0, (-1, self.copies, self.frames))
 
     def noised(self, x):
-        """Of x b s t .. the frames to be denoised: b r t .., without clean ones."""
+        """Without the clean copy: b s t .. -> b r t .., the frames to be denoised."""
         return x[:, int(self.cache is None or self.commit):]
 
     def to_noised(self, x):
-        """Of x b t .., the same for every copy, what meets the frames that `noised` chooses: b 1 t .."""
+        """b t .., the same for every copy -> b 1 t .., of the frames that `noised` returns."""
         return x[:, None]
 
     def noised_only(self, x):
         """(b s t) c .. -> (b r t) c .."""
         return fold(self.noised(self.unfold(x)))
 
-    def going_on(self, x):
-        """Of x (b s t) .. what the next layer reads."""
+    def passed_on(self, x):
+        """The part of x (b s t) .. that the next layer reads: after the `last` one no clean frames."""
         return self.noised_only(x) if self.last else x
 
 
@@ -237,33 +237,33 @@ class CausalConv(MPWeight):
         self.kernel = kernel
 
     def forward(self, x, scale, seq, gain=1.0):
-        """x: (b s t) c_in h w; scale: (b s t) c_out, multiplied into the output -> of those going on, as x."""
+        """x: (b s t) c_in h w; scale: (b s t) c_out, times the output -> (b s t) c_out h w, or (b r t) .. if `last`."""
         weight = self.scaled(x.dtype, gain * border_gain(*x.shape[2:]))
-        y = F.conv2d(seq.going_on(x), weight[0], padding=1)
+        y = F.conv2d(seq.passed_on(x), weight[0], padding=1)
         if self.kernel > 1:
             past = self.past(seq.unfold(x), weight[1:], seq)
             past = seq.to_noised(past) if seq.last else past[:, None]                    # the same for every copy
             y = fold(y.movedim(1, -1).unflatten(0, (len(past), -1, past.shape[2])) + past)
             scale = (scale.unflatten(0, (-1, seq.frames)) * self.table(x, seq)).flatten(0, 1)
-        return y * seq.going_on(scale)[..., None, None]
+        return y * seq.passed_on(scale)[..., None, None]
 
     def table(self, x, seq):
-        return seq.of_positions(past_gain, x.device, self.kernel, x.dtype)
+        return seq.position_table(past_gain, x.device, self.kernel, x.dtype)
 
     def compute_scaled(self, dtype, gain):
         return super().compute_scaled(dtype, gain).transpose(0, 1).contiguous()                  # k c_out c_in 3 3
 
     def past(self, x, weight, seq):
         """What the clean frames before each frame add to it: x b s t h w c_in -> b t h w c_out."""
-        if seq.cache is None:                               # the last clean frame has no later frame
-            parts = self.contributions(x.flatten(1, 2)[:, :seq.frames - 1], weight)
-            parts = zip(range(1, seq.frames + 1), parts)    # those farther off would reach none of them
-            return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, 1 - j)) for j, part in parts)
-        carry = seq.cache.of(self, (len(x), len(weight), *x.shape[3:5], weight.shape[1]), x)
-        present = carry[:, :1]
+        if seq.cache is None:
+            parts = self.contributions(x.flatten(1, 2)[:, :seq.frames - 1], weight)      # of clean frames, but the last
+            parts = zip(range(1, seq.frames + 1), parts)    # taps that reach beyond the clip are left out
+            return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, 1 - j)) for j, part in parts)   # each moved j frames later
+        carry = seq.cache.buffer(self, (len(x), len(weight), *x.shape[3:5], weight.shape[1]), x)
+        present = carry[:, :1]                              # sums for the present frame and the next ones
         if seq.commit:
             present, later = present.clone(), F.pad(carry[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1))
-            carry.copy_(later + self.contributions(x[:, 0], weight).transpose(0, 2)[0])
+            carry.copy_(later + self.contributions(x[:, 0], weight)[:, :, 0].transpose(0, 1))
         return present
 
     def contributions(self, clean, weight):
@@ -274,12 +274,12 @@ class CausalConv(MPWeight):
 
 
 def past_skip_gain(positions, kernel, dtype):
-    """g_t of a `PastSkip`, t 1 1 1: the frame itself makes up for what is missing of the past."""
+    """g_t of a `PastSkip`, t 1 1 1: the fewer past frames there are, the larger the frame's own weight."""
     return (1 - positions.clamp(max=kernel - 1) / (2 * (kernel - 1))).sqrt()[:, None, None, None].to(dtype)
 
 
 class PastSkip(CausalConv):
-    """A skip from encoder to decoder, on which a frame takes along what the clean frames before it were there:
+    """A skip from encoder to decoder that adds to a frame's features those of the clean frames before it:
 
         y[s,t] = g_t x[s,t] + sum_j W_j * x[0,t-j] / sqrt(2)        W_j 1 x 1, k > 1; g_t keeps the magnitude
 
@@ -291,7 +291,7 @@ class PastSkip(CausalConv):
 
     def forward(self, x, seq):
         """x: (b s t) c h w -> (b r t) c h w of the frames to be denoised."""
-        x, gain = seq.unfold(x), seq.of_positions(past_skip_gain, x.device, self.kernel, x.dtype)
+        x, gain = seq.unfold(x), seq.position_table(past_skip_gain, x.device, self.kernel, x.dtype)
         past = self.past(x, self.scaled(x.dtype, 0.5 ** 0.5), seq)
         return fold(torch.addcmul(seq.to_noised(past), seq.noised(x), seq.to_noised(gain[None])))
 
@@ -319,8 +319,8 @@ def rotate(x, cos, sin):
 
 
 def with_past(clean, own, past):
-    """The keys or values of n frames `own` b s n m p d, each behind those of the `past` clean frames before it, out of
-    `clean`, n + past - 1 times b m p d -> (b s n) m (past + 1) p d."""
+    """Keys or values of n frames, `own` b s n m p d, with those of the `past` clean frames before each put in front.
+    `clean`: the n + past - 1 clean frames they come from, b m p d each -> (b s n) m ((past + 1) p) d."""
     if past == 0:
         return own.flatten(0, 2)
     s, n = own.shape[1:3]
@@ -331,10 +331,10 @@ def with_past(clean, own, past):
 
 @torch.compiler.disable                                     # a loop over frames: minutes to compile, nothing to gain
 def attend_frame_by_frame(q, k, v, window):
-    """The exact path: for each frame, exactly the keys that it sees. No masked pair is computed. Frames with a full
-    window see equally many keys, so they go together."""
+    """The CPU path: each frame attends to the keys that it sees and no others, so nothing is masked. Frames with a full
+    window see equally many keys, so they are batched, `FRAMES_AT_ONCE` at a time."""
     early = min(window - 1, q.shape[2])
-    sizes = [1] * early + [len(x) for x in torch.arange(early, q.shape[2]).split(FRAMES_AT_ONCE) if len(x)]
+    sizes = [1] * early + [min(FRAMES_AT_ONCE, q.shape[2] - i) for i in range(early, q.shape[2], FRAMES_AT_ONCE)]
     clean_k, clean_v = k[:, 0].unbind(1), v[:, 0].unbind(1)                              # t times b m p d
     t, out = 0, []
     for q_t, k_t, v_t in zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
@@ -352,13 +352,13 @@ def block_mask(copies, frames, positions, window, device):
     def mask(b, m, q, k):
         return sees(q // (frames * positions), q // positions % frames,
                     k // (frames * positions), k // positions % frames, window)
-    length = copies * frames * positions                    # compiled, the mask of all pairs is never laid out
+    length = copies * frames * positions                    # _compile: without the dense length x length mask
     return create_block_mask(mask, None, None, length, length, device=device, _compile=device.type == "cuda")
 
 
 @functools.cache
 def compiled_flex_attention():
-    # Beyond this many shapes, as if not compiled, the full score matrix would be built.
+    # With more shapes than this, torch falls back to the uncompiled function, which builds the full score matrix.
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(flex_attention, dynamic=False)
 
@@ -373,19 +373,19 @@ def attend_flex(q, k, v, mask):
 
 
 def ring_mask(position, window, places, dtype):
-    """Added to the logits of keys in the ring: -inf where no frame has been by then. 1 (window p)"""
+    """Added to the logits of the ring's keys: -inf in slots that no frame has filled yet. 1 (window p)"""
     unseen = torch.arange(window, device=position.device) > position
     return torch.zeros_like(unseen, dtype=dtype).masked_fill(unseen, -math.inf).repeat_interleave(places)[None]
 
 
 def attend_cached(q, k, v, ring, slot, mask):
-    """The present frame against a ring (2 b m window p d) of the last frames' keys and values. Its slot is the one that
-    the frame leaving the window held, so denoising it and later reading it as clean both just write that slot."""
+    """The present frame attends to a ring (2 b m window p d) of the last frames' keys and values. Its own go into the
+    slot of the frame that leaves the window, at every evaluation and once more when it is read as clean."""
     ring.index_copy_(3, slot, torch.stack([k[:, 0], v[:, 0]]).transpose(2, 3))
     return F.scaled_dot_product_attention(q[:, 0, 0], *ring.flatten(3, 4), attn_mask=mask)[:, None, None]
 
 
-TRUNK, BRANCH = blend(0.3)                                  # a block's sums: what was there, what is added
+TRUNK, BRANCH = blend(0.3)                                  # factors of trunk and branch in residual sums
 
 
 class Attention(nn.Module):
@@ -409,7 +409,7 @@ class Attention(nn.Module):
         return torch.add(self.out(y, BRANCH), x, alpha=TRUNK)
 
     def table(self, x, seq):
-        return seq.of_positions(rotation, x.device, self.head_dim // 2, x.dtype)
+        return seq.position_table(rotation, x.device, self.head_dim // 2, x.dtype)
 
     def attend(self, qkv, seq):
         if self.window == 1:
@@ -418,9 +418,9 @@ class Attention(nn.Module):
         q, k = rotate(q_and_k, *self.table(v, seq))
         if seq.cache is not None:
             b, _, _, m, p, d = q.shape
-            ring = seq.cache.of(self, (2, b, m, self.window, p, d), k)
-            slot = seq.of_positions(torch.remainder, v.device, self.window)         # position % window
-            return attend_cached(q, k, v, ring, slot, seq.of_positions(ring_mask, v.device, self.window, p, v.dtype))
+            ring = seq.cache.buffer(self, (2, b, m, self.window, p, d), k)
+            slot = seq.position_table(torch.remainder, v.device, self.window)         # position % window
+            return attend_cached(q, k, v, ring, slot, seq.position_table(ring_mask, v.device, self.window, p, v.dtype))
         if seq.masks:
             return attend_flex(q, k, v, seq.masks[q.shape[4]])
         return attend_frame_by_frame(q, k, v, self.window)
@@ -428,7 +428,7 @@ class Attention(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------
 # The UNet (EDM2 Figure 21, config G). Time is mixed by encoder and middle, in each block's first convolution and
-# attention, and on the skips. The clean frames have no other reader, so the decoder, the larger half, is spared them.
+# attention, and on the skips. Nothing else reads the clean frames: the decoder, the larger half, runs without them.
 
 @dataclass
 class ModelConfig:
@@ -448,7 +448,7 @@ class ModelConfig:
     sigma_data: float = 0.5                     # standard deviation of the frames the network is given
 
     def levels(self):
-        """(channels, frames that attention sees: 1 itself, 0 none) of each level. UserError names what cannot work."""
+        """Each level's (channels, attention window: 1 within the frame, 0 none). UserError for what cannot work."""
         depth, (_, height, width) = len(self.channel_mults), self.frame_shape
         factor = self.patch_size * 2 ** (depth - 1)
         require(height % factor == width % factor == 0, f"a frame of {height} x {width} pixels must be divisible by "
@@ -463,14 +463,14 @@ class ModelConfig:
         windows = [self.window if h in self.video_attn_resolutions else int(h in self.frame_attn_resolutions)
                    for h in heights]
         require(self.head_dim > 0 and self.head_dim % 2 == 0, f"head_dim {self.head_dim} must be even, and above 0")
-        for c in (c for c, window in zip(widths, windows) if window):
-            require(c % self.head_dim == 0, f"head_dim {self.head_dim} does not divide a level's {c} channels")
+        for c, w in zip(widths, windows):
+            require(not w or c % self.head_dim == 0, f"head_dim {self.head_dim} does not divide a level's {c} channels")
         return list(zip(widths, windows))
 
 
 class Block(nn.Module):
-    """Resampling, two convolutions beside the trunk, the first one over `kernel` frames and modulated by the noise
-    embedding, attention. An encoder block normalises its trunk, before the convolutions read it."""
+    """Resampling, a residual branch of two convolutions, attention. The first convolution sees `kernel` frames and is
+    modulated by the noise embedding. An encoder block normalises its trunk before the branch reads it."""
 
     def __init__(self, c_in, c_out, c_emb, cfg, kernel=1, window=0, encoder=False, resample=None):
         super().__init__()
@@ -489,7 +489,7 @@ class Block(nn.Module):
         scale = (1 + self.emb(emb) * self.emb_gain).to(x.dtype)
         y = F.dropout(F.silu(self.conv0(F.silu(x), scale, seq, SILU_GAIN)), self.dropout, self.training)
         y = self.conv1(y, SILU_GAIN * BRANCH)
-        x = torch.add(y, seq.going_on(trunk), alpha=TRUNK)
+        x = torch.add(y, seq.passed_on(trunk), alpha=TRUNK)
         return self.attention(x, seq) if self.attention else x
 
 
@@ -497,26 +497,26 @@ ALONE = Sequence()                                          # the layout where e
 
 
 class UNet(nn.Module):
-    def __init__(self, c_io, cfg):
+    def __init__(self, c_io, c_emb, cfg):
         super().__init__()
         levels = cfg.levels()
         c, self.recompute = levels[0][0], cfg.recompute
-        block = functools.partial(Block, c_emb=max(width for width, _ in levels), cfg=cfg)
-        over_time = cfg.temporal_kernel
+        block = functools.partial(Block, c_emb=c_emb, cfg=cfg)
+        kernel = cfg.temporal_kernel
         self.stem = MPConv(c, c_io + 1, 3, 3)               # + 1: a channel of ones stands in for biases
-        self.encoder, self.decoder, skips = nn.ModuleList(), nn.ModuleList(), [c]
+        self.encoder, self.decoder, skip_widths = nn.ModuleList(), nn.ModuleList(), [c]
         for i, (width, window) in enumerate(levels):
             if i > 0:
-                self.encoder.append(block(c, c, kernel=over_time, encoder=True, resample=nn.AvgPool2d(2)))
-                skips.append(c)
+                self.encoder.append(block(c, c, kernel=kernel, encoder=True, resample=nn.AvgPool2d(2)))
+                skip_widths.append(c)
             for _ in range(cfg.blocks_per_level):
-                self.encoder.append(block(c, width, kernel=over_time, window=window, encoder=True))
-                skips.append(c := width)
-        self.skips = nn.ModuleList(PastSkip(width, over_time) for width in skips if over_time > 1)
-        self.middle = nn.ModuleList([block(c, c, kernel=over_time, window=window), block(c, c, kernel=over_time)])
+                self.encoder.append(block(c, width, kernel=kernel, window=window, encoder=True))
+                skip_widths.append(c := width)
+        self.skips = nn.ModuleList(PastSkip(width, kernel) for width in skip_widths if kernel > 1)
+        self.middle = nn.ModuleList([block(c, c, kernel=kernel, window=window), block(c, c, kernel=kernel)])
         for i, (width, window) in reversed([*enumerate(levels)]):
             for _ in range(cfg.blocks_per_level + 1):
-                self.decoder.append(block(c + skips.pop(), width, window=min(window, 1)))
+                self.decoder.append(block(c + skip_widths.pop(), width, window=min(window, 1)))
                 c = width
             if i > 0:
                 self.decoder.append(block(c, c, resample=nn.Upsample(scale_factor=2)))
@@ -532,7 +532,7 @@ class UNet(nn.Module):
     def encode(self, x, emb, seq):
         """x: (b s t) c h w, emb: (b s t) e -> of frames to be denoised the list of skips and the middle, (b r t) .."""
         outputs = [self.stem(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
-        if self.recompute and seq.cache is None:            # torch.compile forbids `run` to keep what it computes
+        if self.recompute and seq.cache is None:            # compiled, a checkpointed block may not fill seq.tables
             for layer in (*self.encoder.modules(), *self.middle.modules()):
                 if isinstance(layer, (CausalConv, Attention)):
                     layer.table(x, seq)
@@ -571,7 +571,7 @@ class Denoiser(nn.Module):
         self.noise_features = MPFourier(cfg.channels)
         self.noise_emb = MPLinear(c_emb, cfg.channels)
         self.action_emb = MPLinear(c_emb, cfg.action_dim) if cfg.action_dim else None
-        self.unet = UNet(c_io, cfg)
+        self.unet = UNet(c_io, c_emb, cfg)
         self.error_features = MPFourier(128, inputs=2)
         self.error_log_variance = MPLinear(1, 128)
 
@@ -622,7 +622,7 @@ class Denoiser(nn.Module):
         return x * (sd * c_in) ** 2 + f * (sigma[..., None, None, None] * sd * c_in)
 
     def block_masks(self, seq, device):
-        """One for each resolution with video attention. Made here, outside of a compiled UNet, they are made once."""
+        """{positions per frame: mask}. Made here and not in the UNet, which may be compiled, they are made once."""
         _, height, width = self.cfg.frame_shape
         sizes = {h * h * width // height for h in self.cfg.video_attn_resolutions}
         return {p: block_mask(seq.copies, seq.frames, p, self.cfg.window, device) for p in sizes}
@@ -642,7 +642,7 @@ class Denoiser(nn.Module):
         """u(sigma, t). The frame's position counts: the first frame has no past and is harder than the rest."""
         position = torch.log1p(torch.arange(sigma.shape[-1], device=sigma.device)).expand_as(sigma)
         features = self.error_features(torch.stack([noise_label(sigma), position], dim=-1))
-        return self.error_log_variance(features).sum(-1)    # of one output; no view, which FSDP would warn of
+        return self.error_log_variance(features).sum(-1)    # drops an axis of size 1; a view would make FSDP warn
 
     def check(self, x, sigma, actions, layout):
         """ValueError that names the expected and the given shape; layout: b s t or b t."""
@@ -661,12 +661,12 @@ class Denoiser(nn.Module):
     @torch.no_grad()
     def normalize_weights(self):
         """Back to the sphere, after every optimizer step and after loading averaged weights (EDM2 Eq. 66)."""
-        for weight in (p for p in self.parameters() if p.ndim > 1):                     # without gains
+        for weight in (p for p in self.parameters() if p.ndim > 1):                     # all but the gains
             weight.copy_(unit_rms(weight, tuple(range(1, weight.ndim))))
 
     @torch.no_grad()
     def project_gradients(self):
-        """Remove from every gradient what only changes a weight's length, before the optimizer step (EDM2 Eq. 47)."""
+        """Remove from every gradient its part along the weight, before the optimizer step (EDM2 Eq. 47)."""
         for weight in (p for p in self.parameters() if p.ndim > 1 and p.grad is not None):
             along = (weight * weight.grad).mean(tuple(range(1, weight.ndim)), keepdim=True)       # |w|^2 = fan in
             weight.grad.sub_(weight * along)

@@ -34,7 +34,7 @@ from PIL import GifImagePlugin, Image
 from tqdm import tqdm
 
 from config import UserError, all_finite, at_least, not_default, one_of, require, run
-from data import at_rate, decode, fit, load_batch, open_source, replacing, telling, to_network, to_pixels, unit_actions
+from data import at_rate, crop, decode, load_batch, open_source, replacing, reraise, to_network, to_pixels, unit_actions
 from model import Cache, Denoiser, ModelConfig
 
 # -- what to make
@@ -45,7 +45,7 @@ frames = 24                 # frames per sample, the given ones included
 samples = 4                 # samples side by side, each from its own clip
 context = 4                 # given frames at the start of each sample; 0 starts from nothing
 prompt = ""                 # film, GIF, picture or .npy whose first frames are given; empty: clips of the data
-actions = ""                # one per frame, given ones included: 0,2,1,.. or a .npy file; none; empty: the data's
+actions = ""                # 0,2,1,.. or a .npy file, one per frame, given ones too; none: hide them; empty: the data's
 split = "val"               # data split that the given frames come from: val or train
 first_clip = 0              # index of the first sample's clip in that split
 data_dir = ""               # folder of the data; empty: the one used in training
@@ -120,7 +120,7 @@ class Rollout(collections.abc.Iterator):
         self.model, self.levels, self.seed, self.how = model, levels, seed, {"solver": solver, "churn": churn}
         self.actions, self.limits, self.context_noise, self.guidance = actions, limits, context_noise, guidance
         self.shape, self.device = (clip.shape[0], *clip.shape[2:]), clip.device
-        self.cache, self.no_past = Cache(clip.device), Cache(clip.device)
+        self.cache, self.empty_cache = Cache(clip.device), Cache(clip.device)
         if clip.shape[1]:
             self.read(clip, None if actions is None else actions[:, :clip.shape[1]])
 
@@ -147,10 +147,10 @@ class Rollout(collections.abc.Iterator):
         given_past = self.model.step(x, sigma, self.cache, action)[:, 0]
         if self.guidance == 1 or self.cache.position == 0:
             return given_past
-        return torch.lerp(self.model.step(x, sigma, self.no_past, action)[:, 0], given_past, self.guidance)
+        return torch.lerp(self.model.step(x, sigma, self.empty_cache, action)[:, 0], given_past, self.guidance)
 
     def read(self, x, actions):
-        """Writes finished frames b t c h w into the caches, at the level of noise that training gave its context."""
+        """Writes finished frames b t c h w into the cache, under noise of level `context_noise`."""
         if self.context_noise:
             first = self.cache.position
             noise = [torch.randn(self.shape, generator=seeded(self.device, self.seed, t, 1), device=self.device)
@@ -159,9 +159,9 @@ class Rollout(collections.abc.Iterator):
         self.model.read(x, x.new_full(x.shape[:2], self.context_noise), self.cache, actions)
 
 
-def compiling():
-    """A block in which torch.compile may get to work."""
-    return telling(lambda error: f"--compile failed (on a CPU it needs a C++ compiler): {error}",
+def compile_errors():
+    """A block in which a failure of torch.compile becomes a UserError."""
+    return reraise(lambda error: f"--compile failed (on a CPU it needs a C++ compiler): {error}",
                    torch._dynamo.exc.BackendCompilerFailed)
 
 
@@ -174,7 +174,7 @@ def compiled(method, graphs=True):
 
     def call(x, sigma, cache, actions=None):
         if cache in seen and x.shape[1] == 1:
-            with compiling():
+            with compile_errors():
                 result = graph(x, sigma, cache, actions)
             return result if result is None else result.clone()      # the graph's next run overwrites its own
         result = method(x, sigma, cache, actions)
@@ -239,7 +239,7 @@ CHECKPOINT_KEYS = (*WEIGHT_KEYS, "origin", "optimizer", "ema", "recent")
 def load_file(path, keys):
     """A dict of tensors and plain values that has `keys`; whatever is wrong with the file is one line naming it."""
     require(os.path.exists(path), f"there is no checkpoint {path}")
-    with telling(lambda error: f"{path} cannot be read ({error}): it is damaged, or no checkpoint of this program",
+    with reraise(lambda error: f"{path} cannot be read ({error}): it is damaged, or no checkpoint of this program",
                  Exception):
         with zipfile.ZipFile(path) as file:                 # torch writes checksums, and does not look at them
             if damaged := file.testzip():
@@ -253,7 +253,7 @@ def load_file(path, keys):
 
 
 def find_checkpoint(path):
-    """The file `path`, or the newest checkpoint.pt in a folder; of nothing, in out/."""
+    """`path`, or, if it is a folder, the newest checkpoint.pt anywhere below it; of an empty `path`, below out/."""
     if path and not os.path.isdir(path):
         return path
     root = path or "out"
@@ -263,7 +263,7 @@ def find_checkpoint(path):
 
 
 def load_model(path, width, device):
-    """(model in eval mode, checkpoint) with the weights averaged by `width`, or raw for 0; a file to share has one."""
+    """(model in eval mode, checkpoint); weights averaged over `width`, 0: raw. A file to share has one width alone."""
     state = load_file(path, WEIGHT_KEYS)
     model = Denoiser(ModelConfig(**state["model_config"]))
     weights = state["model"]
@@ -279,17 +279,15 @@ def load_model(path, width, device):
 def save_weights(path, model, state, width, dtype):
     """Weights for sharing: all that sampling needs, learnt numbers in `dtype`."""
     weights = model.state_dict() | {name: weight.to(dtype) for name, weight in model.named_parameters()}
-    buffer = io.BytesIO()
-    torch.save({key: state[key] for key in WEIGHT_KEYS} | {"model": weights, "ema_width": width}, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        torch.save({key: state[key] for key in WEIGHT_KEYS} | {"model": weights, "ema_width": width}, file)
     print(f"{path}: {os.path.getsize(path) / 1e6:.1f} MB")
 
 
 def pick_device(name):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with telling(lambda error: f"device {name!r} cannot be used: {error}", RuntimeError, AssertionError):
+    with reraise(lambda error: f"device {name!r} cannot be used: {error}", RuntimeError, AssertionError):
         probe = torch.zeros(1, device=name)
         probe.item()                                        # the device "meta" holds no numbers
         return probe.device
@@ -301,8 +299,8 @@ def compute_dtype(device):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Writers. They take frames as these are made, n c h w each, n samples side by side; the first `given` ones
-# get a bright border. GIFs and films are encoded frame by frame; the other formats need all frames to begin.
+# Writers. They take an iterator of frames, n c h w each, n samples side by side; the first `given` ones get a
+# bright border. GIFs and films are encoded while frames are made; other formats only once all are there.
 
 GIVEN_COLOUR, MADE_COLOUR = (255, 160, 0), (48, 48, 48)
 
@@ -314,8 +312,8 @@ def bordered(frames, given, scale):
         n, channels, h, w = frame.shape
         require(channels in (1, 3) and frame.dtype == np.uint8,
                 f"{frame.dtype} frames of {channels} channels are no pictures: use --out=NAME.npy")
-        size, colour = (n, h * scale + 2 * edge, w * scale + 2 * edge, 3), GIVEN_COLOUR if t < given else MADE_COLOUR
-        pictures = np.full(size, colour, np.uint8)
+        colour = GIVEN_COLOUR if t < given else MADE_COLOUR
+        pictures = np.full((n, h * scale + 2 * edge, w * scale + 2 * edge, 3), colour, np.uint8)
         pixels = rearrange(frame, "n c h w -> n h w c").repeat(scale, axis=1).repeat(scale, axis=2)
         pictures[:, edge:-edge, edge:-edge] = pixels        # one channel fills all three
         yield pictures
@@ -333,7 +331,7 @@ def tiled(frames, given, scale):
 
 
 def write_array(file, frames, given, scale, fps):
-    """Pixels n t h w c, latents n t c h w: as they are given, each."""
+    """Pixels as n t h w c, latents as n t c h w: the layouts that data.py reads."""
     frames = np.stack(list(frames), axis=1)
     np.save(file, np.moveaxis(frames, 2, -1) if frames.dtype == np.uint8 else frames)
 
@@ -397,7 +395,7 @@ def start_rollout(model, clips, stats, settings, actions=None):
 
 def roll_out(model, clips, given, frames, stats, settings, actions=None, progress=False, stop=()):
     """Yields `frames` frames b c h w: the first `given` ones of the stored clips b t c h w, then the model's own.
-    Fewer, if something comes to be in the list `stop`."""
+    Ends early once the list `stop` is no longer empty."""
     rollout = start_rollout(model, clips[:, :given], stats, settings, actions)
     yield from clips[:, :given].cpu().numpy().swapaxes(0, 1)
     for _ in tqdm(range(frames - given), unit="frame", disable=not progress):
@@ -406,8 +404,8 @@ def roll_out(model, clips, given, frames, stats, settings, actions=None, progres
         yield to_pixels(next(rollout), stats, model.cfg.sigma_data).cpu().numpy()
 
 
-def beside(clips, frames):
-    """Each clip's own frame, then what was made of it: yields uint8 (b two) c h w."""
+def with_truth(clips, frames):
+    """Each clip's own frame beside the one made for it: yields (b two) c h w, stored pixels or latents."""
     for true, made in zip(clips.cpu().numpy().swapaxes(0, 1), frames):
         yield rearrange([true, made], "two b c h w -> (b two) c h w")
 
@@ -479,7 +477,7 @@ BUSY = """<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" conten
 
 
 class Refused(Exception):
-    """Of a request that is not answered: (HTTP status, why)."""
+    """A request is refused: raised with (HTTP status, why)."""
 
 
 class Game:
@@ -507,9 +505,9 @@ class Game:
         if time.monotonic() - self.seen < 5:
             return 409, BUSY.encode()
         self.player, self.seen = secrets.token_urlsafe(), time.monotonic()
-        reach = self.stats.get("reach") or 1                # of actions in training
-        game = {"player": self.player, "fps": self.cfg.fps, "actions": 0, "sliders": 0, "reach": reach,
-                "sliders" if self.continuous else "actions": self.model.cfg.action_dim}
+        keys, sliders = (0, self.model.cfg.action_dim) if self.continuous else (self.model.cfg.action_dim, 0)
+        reach = self.stats.get("reach") or 1                # the largest action in training
+        game = {"player": self.player, "fps": self.cfg.fps, "actions": keys, "sliders": sliders, "reach": reach}
         return 200, PAGE.replace("GAME", json.dumps(game)).encode()
 
     def read_action(self, action):
@@ -553,7 +551,7 @@ class Game:
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers pages of its own only: those of other sites can neither read the game nor steer it."""
-    timeout = 5                                             # seconds of silence, until a reader is given up
+    timeout = 5                                             # seconds of silence after which a connection is closed
 
     def handle(self):
         with contextlib.suppress(ConnectionError):          # a page that was closed meanwhile
@@ -597,7 +595,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         size = self.headers.get("Content-Length", "")
         short = size.isascii() and size.isdecimal() and len(size) < 5 and int(size) <= 4096
         require(short, (413, "expected up to 4096 bytes of JSON"), Refused)
-        with telling(lambda error: (400, f"no JSON object: {error}"), ValueError, TypeError, RecursionError,
+        with reraise(lambda error: (400, f"no JSON object: {error}"), ValueError, TypeError, RecursionError,
                      become=Refused):
             return dict(json.loads(self.rfile.read(int(size))))
 
@@ -607,12 +605,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def serve(game, port):
     """Serves the game to this machine's browser until Ctrl-C."""
-    with telling(lambda error: f"--port={port} cannot be used ({error}): give another one, or 0 for any", OSError,
+    with reraise(lambda error: f"--port={port} cannot be used ({error}): give another one, or 0 for any", OSError,
                  OverflowError):
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.game, server.daemon_threads = game, False        # what was asked is answered, not cut off in torch
     url = f"http://127.0.0.1:{server.server_port}"
-    serving = threading.Thread(target=server.serve_forever, daemon=True)        # Ctrl-C, here, cuts off nothing there
+    serving = threading.Thread(target=server.serve_forever, daemon=True)        # where Ctrl-C interrupts no request
     serving.start()
     with server:
         with contextlib.suppress(KeyboardInterrupt):
@@ -641,7 +639,7 @@ def read_prompt(path, count, samples, shape, latent, fps=0.0, letterbox=False, s
     if not latent and frames[0].shape[:2] != (height, width):
         print(f"{path}: {frames[0].shape[1]} x {frames[0].shape[0]} pixels, {'padded' if letterbox else 'cropped'} and "
               f"resized to {width} x {height}")
-    clip = torch.from_numpy(np.stack([fit(frame, shape, letterbox) for frame in frames]))
+    clip = torch.from_numpy(np.stack([crop(frame, shape, letterbox) for frame in frames]))
     require(clip.isfinite().all(), f"{path} holds latents that are not finite in float16")
     return clip.expand(samples, *clip.shape)
 
@@ -650,19 +648,19 @@ def read_actions(text, frames, samples, action_dim, discrete=None):
     """The action of every frame, from a .npy file or as in 0,2,1, for every sample: b t whole numbers or b t a;
     discrete: which of them the model was trained on, if that is known."""
     require(action_dim, f"--actions={text}: this model was trained without actions")
-    with telling(lambda error: f"--actions={text}: expected whole numbers, as in 0,2,1, or a .npy file ({error})",
+    with reraise(lambda error: f"--actions={text}: expected whole numbers, as in 0,2,1, or a .npy file ({error})",
                  OSError, ValueError, EOFError, OverflowError, AttributeError, KeyError):
         array = np.load(text, allow_pickle=False) if text.endswith(".npy") else np.array(text.split(","), int)
-        given = {"i": True, "u": True, "f": False}[array.dtype.kind]
-    require(discrete in (None, given), f"--actions={text}: {array.dtype}; this model was trained on "
-                                       f"{'vectors of floats' if given else 'whole numbers'}")
-    expected = (frames,) if given else (frames, action_dim)
+        whole = {"i": True, "u": True, "f": False}[array.dtype.kind]
+    require(discrete in (None, whole), f"--actions={text}: {array.dtype}; this model was trained on "
+                                       f"{'vectors of floats' if whole else 'whole numbers'}")
+    expected = (frames,) if whole else (frames, action_dim)
     require(array.shape == expected,
             f"--actions={text}: {array.shape} actions for --frames={frames}, expected {expected}")
-    require(given or np.isfinite(array).all(), f"--actions={text}: not all of its numbers are finite")
-    require(not given or 0 <= array.min() and array.max() < action_dim,
+    require(whole or np.isfinite(array).all(), f"--actions={text}: not all of its numbers are finite")
+    require(not whole or 0 <= array.min() and array.max() < action_dim,
             f"--actions={text}: {array.min()} to {array.max()}; this model knows 0 to {action_dim - 1}")
-    array = torch.from_numpy(array.astype(np.int64 if given else np.float32))
+    array = torch.from_numpy(array.astype(np.int64 if whole else np.float32))
     return array.expand(samples, *array.shape)
 
 
@@ -681,7 +679,7 @@ def check_settings(cfg):
     require(0 < cfg.sigma_min < cfg.sigma_max <= 1e6 and 0.1 <= cfg.rho <= 100, f"--sigma_min={cfg.sigma_min} "
             f"--sigma_max={cfg.sigma_max} --rho={cfg.rho}: sigma_min above 0, sigma_max above it and at most 1e6, rho "
             "from 0.1 to 100")
-    require(cfg.context_noise in (-1, abs(cfg.context_noise)), f"--context_noise={cfg.context_noise}: 0 or more, or -1")
+    require(cfg.context_noise == -1 or cfg.context_noise >= 0, f"--context_noise={cfg.context_noise}: 0 or more, or -1")
     require(cfg.scale <= 64, f"--scale={cfg.scale}: at most 64")
     gif = cfg.play or cfg.out.lower().endswith(".gif")
     require(cfg.fps <= (50 if gif else 1000), f"--fps={cfg.fps}: at most 50 in play and GIFs (players slow down what "
@@ -703,8 +701,8 @@ def check_settings(cfg):
 
 
 def open_data(cfg, state, frames):
-    """The source that the model was trained on, or its like in another folder, with clips of `frames` frames. A clip's
-    beginning may depend on its length: so it has the trained one, or more, whatever is asked of a rollout."""
+    """The source that the model was trained on, with clips of `frames` frames, or of as many as in training if that is
+    more (a clip's first frames may depend on its length); or one like it in --data_dir, with clips of `frames`."""
     settings = SimpleNamespace(**state["settings"])
     settings.frames = frames if cfg.data_dir else max(frames, settings.frames)
     settings.data_dir = cfg.data_dir or settings.data_dir
@@ -713,7 +711,7 @@ def open_data(cfg, state, frames):
     except UserError as error:
         raise UserError(f"{error} (or go on from a --prompt, or from nothing: --context=0; a model with actions then "
                         "needs --actions, too)") from error
-    acts = source.action_dim == wanted.action_dim or not (source.action_dim or cfg.play)
+    acts = source.action_dim == wanted.action_dim or not (source.action_dim or cfg.play)       # or --actions has them
     fits = tuple(source.shape) == tuple(wanted.frame_shape) and acts
     require(fits, f"{settings.data_dir}: frames of {tuple(source.shape)} and {source.action_dim} actions; this model "
                   f"knows {tuple(wanted.frame_shape)} and {wanted.action_dim}")
@@ -721,10 +719,10 @@ def open_data(cfg, state, frames):
     return source
 
 
-def inputs(cfg, model, state):
+def given_clips(cfg, model, state):
     """(the clips that the samples begin with, the actions of all their frames or None)."""
     clips, actions = torch.zeros(cfg.samples, 0, *model.cfg.frame_shape, dtype=torch.uint8), None
-    whole = cfg.truth or model.cfg.action_dim and not cfg.actions       # of the data's clips more than what is given
+    whole = cfg.truth or model.cfg.action_dim and not cfg.actions       # more of the data's clips than what is given
     if cfg.prompt:
         latent = bool(state["stats"].get("latent"))
         how = {"stride": state["settings"]["stride"]} | state["stats"].get("made", {})
@@ -766,17 +764,17 @@ def main(cfg):
     if cfg.play:
         source = open_data(cfg, state, cfg.context) if cfg.context else None
         return serve(Game(model, source, state["stats"], cfg, rollout_settings(cfg), device), cfg.port)
-    clips, actions = (None if part is None else part.to(device) for part in inputs(cfg, model, state))
+    clips, actions = (None if part is None else part.to(device) for part in given_clips(cfg, model, state))
     frames = roll_out(model, clips, cfg.context, cfg.frames, state["stats"], rollout_settings(cfg), actions,
                       progress=True, stop=(stop := []))
     for number in (signal.SIGINT, signal.SIGTERM):          # what has been made is written; a second one ends at once
         signal.signal(number, lambda number, _: sys.exit(128 + number) if stop else stop.append(number))
-    frames, count = iter(beside(clips, frames) if cfg.truth else frames), itertools.count(1)
-    first = next(frames, None)
-    if first is not None:                                   # or it was stopped before, and nothing is written
+    frames = with_truth(clips, frames) if cfg.truth else frames
+    first, count = next(frames, None), itertools.count()    # of frames that are written
+    if first is not None:                                   # else it was stopped before any, and no file is written
         frames = (frame for frame, _ in zip(itertools.chain([first], frames), count))
         write(cfg.out, frames, cfg.context, cfg.scale, cfg.fps)
-        print(f"{cfg.out}: {cfg.samples} x {next(count) - 1} frames, the first {cfg.context} given"
+        print(f"{cfg.out}: {cfg.samples} x {next(count)} frames, the first {cfg.context} given"
               f"{', stopped there' if stop else ''}")
     if stop:
         raise SystemExit(128 + stop[0])

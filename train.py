@@ -50,7 +50,7 @@ frames = 12                     # frames per clip; more than `window`, so that t
 frame_size = 32                 # pixels, height and width
 digits = 1                      # digits per clip, or strewn over the world's canvas
 digit_size = 20                 # pixels
-stride = 1                      # of video: every how many frames of a file make a clip
+stride = 1                      # of video: a clip takes every stride-th frame of a file
 flip = False                    # of video: mirror half of the training clips
 action_dropout = 0.0            # share of clips whose actions are hidden, so that the model also works without
 speed = (1.0, 3.0)              # slowest and fastest, pixels per frame; of a world: the first, pixels per move
@@ -81,7 +81,7 @@ max_steps = 3000                # optimizer steps
 optimizer = "muon"              # muon: orthogonal steps, of which fewer are needed; or adam
 lr = 0.02                       # peak learning rate: how far a step moves a weight, of 1 on average
 warmup_steps = 100              # steps of linear warm-up
-decay = "linear"                # linear, from step 0 to 0 at max_steps, or sqrt: lr / sqrt(step / ref_steps)
+decay = "linear"                # linear: from the first step on, to 0 at max_steps; sqrt: lr / sqrt(step / ref_steps)
 ref_steps = 1000                # step at which the sqrt decay sets in
 grad_clip = 1.0                 # largest gradient norm; larger ones are scaled down
 max_skipped = 20                # steps in a row without a finite gradient, after which the run ends
@@ -89,21 +89,21 @@ ema_widths = (0.05, 0.1)        # power-function averages of the weights, as fra
 # -- evaluation
 eval_clips = 32                 # held-out clips per evaluation
 eval_sigmas = (0.1, 0.3, 1.0, 3.0, 10.0)    # noise levels of the error table
-eval_context = 4                # frames of context from which the table's second row counts, and pictures start
+eval_context = 4                # the error table's second row is of frames with as many before them; given in pictures
 picture_frames = 16             # frames in the pictures, the given ones included; no more than a clip has
 picture_steps = 6               # Euler steps per frame in the pictures
 # -- system
 seed = 0                        # of weights, data and noise
 device = "auto"                 # auto, cpu, cuda, ..
 compile = False                 # torch.compile the network: a minute or more to start, faster steps
-shard = False                   # over processes: weights, averages, optimizer; for a model that does not fit on one
-recompute = False               # in the backward pass, what blocks computed: less memory, a quarter more time
+shard = False                   # spread weights, averages and optimizer over the processes, if one cannot hold them
+recompute = False               # run each block again in the backward pass: less memory, a quarter more time
 
 FREE_TO_CHANGE = {"init_from", "out_dir", "data_dir", "log_interval", "eval_interval", "checkpoint_interval",
                   "tensorboard", "device", "compile", "shard", "recompute", "accumulate", "max_skipped", "eval_clips",
                   "eval_sigmas", "eval_context", "picture_frames", "picture_steps"}
 
-UNUSED = {"digits": {"stride", "flip", "canvas_size", "action_dropout"},                 # by each dataset
+UNUSED = {"digits": {"stride", "flip", "canvas_size", "action_dropout"},                 # dataset -> what it ignores
           "world": {"stride", "flip", "bounce", "whole_pixels"},
           "video": {"digits", "digit_size", "speed", "canvas_size", "whole_pixels", "bounce"}}
 
@@ -122,7 +122,7 @@ def start_processes(cfg):
         torch.cuda.set_device(device)
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":           # several nodes may count their restarts differently
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)       # the old one has old addresses
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)       # none of dead processes' keys
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size,
                             device_id=device if on_gpu else None)
     return device, rank, world_size
@@ -135,19 +135,19 @@ def sum_over_ranks(x):
 
 
 def any_process(happened, device):
-    """Whether a list of what happened holds something, in this process or in another one."""
+    """Whether the list `happened` has an entry in this process or in any other."""
     if not dist.is_initialized():
         return bool(happened)
     return sum_over_ranks(torch.tensor(len(happened), device=device)) > 0
 
 
-def whole(tree):
-    """The tree with whole tensors on the CPU in the place of sharded ones. All processes have to take part."""
+def gathered(tree):
+    """The tree with its sharded tensors gathered on the CPU. All processes have to take part."""
     return tree_map(lambda x: x.full_tensor().cpu() if isinstance(x, DTensor) else x, tree)
 
 
-def like(parameter, x):
-    """A whole tensor, sharded as the parameter is."""
+def sharded_like(parameter, x):
+    """The whole tensor x, sharded as the parameter is (if it is, and x is of its shape)."""
     if not isinstance(parameter, DTensor) or x.shape != parameter.shape:
         return x
     return distribute_tensor(x.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -211,10 +211,10 @@ def matrix(weight):
 
 
 def orthogonal(matrices):
-    """U V^T of each matrix U S V^T, all with equally many places on their shorter side: every singular value above
-    1/650 of the norm brought to 0.7 to 1.2 by five steps of a Newton-Schulz iteration with Jordan's coefficients
-    (Jordan et al. 2024, Muon). Step k multiplies by a polynomial of x x^T, so the steps are multiplied up first, for
-    all matrices together, and meet the longer sides once."""
+    """About U V^T of each matrix U S V^T; all have the same shorter side. Five Newton-Schulz steps with Jordan's
+    coefficients (Jordan et al. 2024, Muon) bring all singular values above 1/650 of the norm to between 0.7 and 1.2.
+    Each step multiplies x by a polynomial of x x^T, a small square matrix. So the five are multiplied together first,
+    batched over all matrices, and then with each x once."""
     wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
     wide = torch._foreach_div(wide, torch._foreach_add(torch._foreach_norm(wide), 1e-20))
     square = torch.stack([x @ x.mT for x in wide])
@@ -241,17 +241,17 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         (group,) = self.param_groups
-        alike = collections.defaultdict(list)               # shorter side -> parameters and what to orthogonalise
+        alike = collections.defaultdict(list)               # shorter side -> [(parameter, momentum)]
         for p in group["params"]:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
             average = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
             ahead = torch.lerp(p.grad, average, group["momentum"])                       # Nesterov's
             alike[min(matrix(p).shape)].append((p, ahead))
-        for pairs in alike.values():                        # sharded ones are gathered one group at a time
+        for pairs in alike.values():                        # a group at a time, as sharded momenta are gathered whole
             ahead = [matrix(x.full_tensor() if isinstance(x, DTensor) else x) for _, x in pairs]
             for (p, _), move in zip(pairs, orthogonal(ahead), strict=True):
-                p.sub_(like(p, move.reshape(p.shape)), alpha=group["lr"] * max(move.shape) ** 0.5)
+                p.sub_(sharded_like(p, move.reshape(p.shape)), alpha=group["lr"] * max(move.shape) ** 0.5)
 
 
 def make_optimizer(model, cfg):
@@ -261,7 +261,7 @@ def make_optimizer(model, cfg):
 
 
 def learning_rate(step, cfg):
-    """Linear warm-up, then to 0 at max_steps, or with the inverse square root of the step (EDM2 Eq. 67)."""
+    """Linear warm-up, times a linear decay to 0 at max_steps, or 1 / sqrt(step / ref_steps) (EDM2 Eq. 67)."""
     rate = cfg.lr * min(1, (step + 1) / max(cfg.warmup_steps, 1))
     if cfg.decay == "linear":
         return rate * (1 - step / cfg.max_steps)
@@ -286,13 +286,13 @@ class PowerEMA:
     @torch.no_grad()
     def load(self, averages):
         for width, average in self.averages.items():
-            for name, tensor in average.items():            # a width that was not tracked begins with the weights
-                tensor.copy_(like(tensor, averages.get(width, self.parameters)[name]))
+            for name, tensor in average.items():            # a width that is new starts from the current weights
+                tensor.copy_(sharded_like(tensor, averages.get(width, self.parameters)[name]))
 
 
 def averaged_model(new, model, average, device):
     """`new`, a model like `model`, with its averaged weights, back on the sphere, in eval mode."""
-    new.load_state_dict(whole(model.state_dict() | average))
+    new.load_state_dict(gathered(model.state_dict() | average))
     new.normalize_weights()
     new.dtype = model.dtype
     return new.eval().requires_grad_(False).to(device)
@@ -307,7 +307,7 @@ def error_table(model, source, stats, cfg, device, rank=0, world_size=1):
     least `eval_context` frames of context). All levels are noised copies of one pass."""
     sigmas = torch.tensor(cfg.eval_sigmas, device=device)
     total, count = torch.zeros(len(sigmas), source.frames, device=device), torch.zeros([], device=device)
-    size = max(1, min(8, cfg.batch_size // (cfg.accumulate * world_size)))               # no more than training holds
+    size = max(1, min(8, cfg.batch_size // (cfg.accumulate * world_size)))               # at most a micro-batch
     for first in range(rank * size, cfg.eval_clips, world_size * size):
         numbers = range(first, min(first + size, cfg.eval_clips))
         clips, actions = load_batch(source, numbers, device)
@@ -328,7 +328,7 @@ def draw_picture(path, model, source, stats, cfg, device):
     length, levels = min(cfg.picture_frames, source.frames), sample.noise_levels(cfg.picture_steps)
     settings = {"levels": levels, "seed": cfg.seed, "context_noise": cfg.context_noise / 2}
     made = sample.roll_out(model, clips, cfg.eval_context, length, stats, settings, actions)
-    sample.write(path, sample.beside(clips, made), cfg.eval_context, scale=2)
+    sample.write(path, sample.with_truth(clips, made), cfg.eval_context, scale=2)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -339,11 +339,11 @@ def previous(path):
 
 
 class Writer:
-    """Saves states in a thread, so that training need not wait for a disk. A failure is told when next heard of, and
-    ends the run if the one before failed too; a file that cannot be replaced stays as it was."""
+    """Saves states in a thread, so that training need not wait for a disk. The next `wait` tells of a failure, and a
+    second one in a row ends the run; the file that it should have replaced stays as it was."""
 
     def __init__(self):
-        self.thread, self.ahead, self.failures = ThreadPoolExecutor(1), [], 0
+        self.thread, self.pending, self.failures = ThreadPoolExecutor(1), [], 0
 
     def save(self, state, path, keep=None):
         buffer = io.BytesIO()
@@ -352,14 +352,14 @@ class Writer:
         def write():
             with replacing(path, keep) as temporary:
                 temporary.write_bytes(buffer.getbuffer())
-        self.ahead.append(self.thread.submit(write))
+        self.pending.append(self.thread.submit(write))
 
     def wait(self, final=False):
         """Until what was given is on the disk. UserError for a second failure in a row, or for any at the end."""
-        errors = [write.exception() for write in self.ahead if write.exception()]
-        if self.ahead:
+        errors = [write.exception() for write in self.pending if write.exception()]
+        if self.pending:
             self.failures = self.failures + 1 if errors else 0
-        self.ahead = []
+        self.pending = []
         if errors and (final or self.failures > 1 or not isinstance(errors[0], UserError)):
             raise errors[0]
         if errors:
@@ -367,15 +367,15 @@ class Writer:
 
 
 @contextlib.contextmanager
-def dispensable(what):
-    """A block that writes something which a run can do without: if it fails, that is told, and training goes on."""
+def nonfatal(what):
+    """A block that a run can do without: whatever it raises is printed, and training goes on."""
     try:
         yield
     except Exception as error:
         print(f"\n{what}: {str(error) or repr(error)}; training goes on", flush=True)
 
 
-def finite(value):
+def json_safe(value):
     """`value` as JSON has it, with null for numbers that are not finite: NaN is no JSON."""
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
@@ -415,7 +415,7 @@ def draw_log(folder):
 # A run: what a checkpoint holds, and where it runs.
 
 def check_settings(cfg):
-    """UserError for what would otherwise fail late; what does nothing is told."""
+    """UserError for what would otherwise fail late; a remark for settings that have no effect."""
     idle = not_default(cfg, globals()) & UNUSED.get(cfg.dataset, set())
     remarks = {f"dataset={cfg.dataset} makes no use of {', '.join(sorted(idle))}": idle,
                f"frames={cfg.frames}: no frame will see window={cfg.window} frames":
@@ -462,7 +462,7 @@ def build_model(cfg, source, device):
 
 def compiled(model):
     """The model, its UNet compiled for the shapes of this run."""
-    torch._dynamo.config.recompile_limit = 64               # blocks share code; each is one more compilation of it
+    torch._dynamo.config.recompile_limit = 64               # all blocks are compilations of one `Block.forward`
     model.unet.compile(dynamic=False)
     return model
 
@@ -487,8 +487,7 @@ class Run:
                 fully_shard(block, mesh=mesh)
         self.optimizer = make_optimizer(self.model, cfg)
         self.ema = PowerEMA(self.model, cfg.ema_widths)
-        self.step, self.recent = 0, []                      # steps done; losses since the last line of the log
-        self.changed = False                                # whether other settings than before are gone on with
+        self.step, self.recent, self.changed = 0, [], False     # steps done; losses not yet logged; resumed otherwise
         self.writer = Writer()
         self.resume(self.path)
         self.network = compiled(self.model) if cfg.compile else self.model
@@ -505,10 +504,10 @@ class Run:
     def resume(self, path):
         """Goes on from the checkpoint at `path`, if there is one, or from the one before if that cannot be read."""
         if not path.exists() and not previous(path).exists():
-            for left in sorted(self.folder.glob("ema-*.pt")):
-                raise UserError(f"{self.folder} holds snapshots, {left.name} for one, of another run: move them away")
+            if old := sorted(self.folder.glob("ema-*.pt")):
+                raise UserError(f"{self.folder} holds snapshots, {old[0].name} for one, of another run: move them away")
             return
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"             # then the run is its own
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"             # by torchrun: the same run
         require(restarted or self.cfg.init_from != "scratch", f"{path} holds a run already, which init_from=scratch "
                 "would overwrite: choose another out_dir, or move it away")
         try:
@@ -520,22 +519,22 @@ class Run:
             state = sample.load_file(path, sample.CHECKPOINT_KEYS)
             if self.rank == 0:
                 print(f"{error}; taking the one before it")
-                with contextlib.suppress(FileNotFoundError):            # else it would take that one's place
+                with contextlib.suppress(FileNotFoundError):            # else the next save keeps it as previous
                     self.path.replace(self.folder / "checkpoint-damaged.pt")
         require(state["step"] <= self.cfg.max_steps, f"{path} is of step {state['step']} already, more than "
                                                      f"max_steps={self.cfg.max_steps}: set more, or another out_dir")
-        old, new = plain_settings(globals()) | state["settings"], vars(self.cfg)         # what is new had its default
+        old, new = plain_settings(globals()) | state["settings"], vars(self.cfg)         # missing ones had the default
         changed = [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
                    if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
         moved = f" {Path(new['data_dir'])}".join(state["origin"].rsplit(f" {Path(old['data_dir'])}", 1))
-        if moved != self.source.origin:                     # not only moved
+        if moved != self.source.origin:                     # more than the folder's path is different
             changed.append(f"the data were {state['origin']}, now {self.source.origin}")
         require(not changed or self.cfg.init_from == "changed",
                 f"{path} is of a run with other settings: {'; '.join(changed)}. Choose another out_dir, or repeat the "
                 "run's settings to go on with it, or set --init_from=changed to go on with these")
         own = self.model.state_dict()
         try:
-            self.model.load_state_dict({name: like(own.get(name), x) for name, x in state["model"].items()})
+            self.model.load_state_dict({name: sharded_like(own.get(name), x) for name, x in state["model"].items()})
         except RuntimeError as error:
             before, now = state["model_config"], asdict(self.model.cfg)
             other = "; ".join(f"{key} was {before[key]!r}, now {now[key]!r}" for key in now if before[key] != now[key])
@@ -543,20 +542,19 @@ class Run:
         if old.get("optimizer") == new["optimizer"]:        # another one begins without moments
             parameters = [*self.model.parameters()]         # an optimizer's state is numbered like them
             for number, moments in state["optimizer"]["state"].items():
-                moments.update({key: like(parameters[number], x) for key, x in moments.items()})
+                moments.update({key: sharded_like(parameters[number], x) for key, x in moments.items()})
             self.optimizer.load_state_dict(state["optimizer"])
         self.ema.load(state["ema"])
         if changed and self.rank == 0:
             print(f"going on with other settings: {'; '.join(changed)}", flush=True)
         self.step, self.recent = state["step"], state["recent"]
-        used_to = ("mean", "std", "action_rms")             # scales that the weights have been trained with
-        self.stats = self.stats | {key: state["stats"].get(key) for key in used_to}
+        self.stats = self.stats | {key: state["stats"].get(key) for key in ("mean", "std", "action_rms")}  # as trained
         self.changed = bool(changed)
         if self.rank == 0:
             print(f"resuming {path} at step {self.step} of {self.cfg.max_steps}", flush=True)
 
     def start_log(self):
-        """Rank 0 drops what is there of later steps, lines of the log and snapshots, and says what is trained."""
+        """On rank 0: removes log lines and snapshots of steps after this one, then prints and logs what is trained."""
         if self.rank > 0:
             return
         path, origin = self.folder / "log.jsonl", self.source.origin
@@ -574,8 +572,8 @@ class Run:
     def log(self, **entry):
         """Adds a line to log.jsonl, a JSON object; only rank 0 writes."""
         if self.rank == 0:
-            with dispensable(path := self.folder / "log.jsonl"), open(path, "a") as file:
-                file.write(json.dumps(finite(entry)) + "\n")
+            with nonfatal(path := self.folder / "log.jsonl"), open(path, "a") as file:
+                file.write(json.dumps(json_safe(entry)) + "\n")
             for name, value in entry.items() if self.board else ():
                 if isinstance(value, float):
                     self.board.add_scalar(name, value, entry["step"])
@@ -586,8 +584,8 @@ class Run:
         state = {"version": sample.VERSION, "step": self.step, "settings": vars(self.cfg), "stats": self.stats,
                  "model_config": asdict(self.model.cfg), "origin": self.source.origin,
                  "recent": [float(loss) for loss in self.recent],
-                 "model": whole(self.model.state_dict()), "optimizer": whole(self.optimizer.state_dict()),
-                 "ema": whole(self.ema.averages)}
+                 "model": gathered(self.model.state_dict()), "optimizer": gathered(self.optimizer.state_dict()),
+                 "ema": gathered(self.ema.averages)}
         if self.rank > 0:
             return
         self.writer.wait()
@@ -621,9 +619,9 @@ class Run:
             for sigma, (first, later) in zip(cfg.eval_sigmas, errors, strict=True) if self.board else ():
                 self.board.add_scalar(f"error, first frame/sigma {sigma:g}", first, self.step)
                 self.board.add_scalar(f"error, frames with context/sigma {sigma:g}", later, self.step)
-            with dispensable("the log's picture"):
+            with nonfatal("the log's picture"):
                 draw_log(self.folder)
-            with dispensable("the picture of a rollout"):
+            with nonfatal("the picture of a rollout"):
                 path = self.folder / f"rollout-{self.step:08d}.{'npy' if self.stats.get('latent') else 'png'}"
                 draw_picture(path, model, self.held_out, self.stats, cfg, self.device)
 
@@ -631,9 +629,9 @@ class Run:
 # ---------------------------------------------------------------------------------------------------
 # The training loop.
 
-def ask_to_stop(stop):
-    """Ctrl-C and SIGTERM append (number, time) to `stop`, to end after the current step. A second one ends at once; but
-    a SIGTERM within a second is torchrun's: asked to end together with its processes, it asks them too."""
+def stop_on_signals(stop):
+    """Ctrl-C and SIGTERM append (number, time) to `stop`: the run ends after the current step. A second signal ends it
+    at once, but for a SIGTERM within a second: torchrun, which got the first one as well, passes it on."""
     def handler(number, frame):
         if stop and (number == signal.SIGINT or time.monotonic() - stop[0][1] > 1):
             raise KeyboardInterrupt
@@ -663,11 +661,11 @@ def gradients(network, batches, cfg, stats, device):
 
 
 def optimizer_step(model, optimizer, step, cfg):
-    """With unit-norm weights; returns the gradient norm. A non-finite gradient is not applied."""
+    """One step, after which weights are back on the sphere; skipped if the gradient norm, returned, is not finite."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, cfg)
     model.project_gradients()
-    norm = whole(clip_grad_norm_(model.parameters(), cfg.grad_clip)).item()
+    norm = gathered(clip_grad_norm_(model.parameters(), cfg.grad_clip)).item()
     if math.isfinite(norm):
         optimizer.step()
         model.normalize_weights()
@@ -713,10 +711,10 @@ def train(run, batches, bar, stop):
 
 def main(cfg):
     run, stop = Run(cfg), []
-    ask_to_stop(stop)
+    stop_on_signals(stop)
     batches = Batches(run.source, cfg.batch_size, run.device, run.step, run.rank, run.world_size, cfg.accumulate)
     bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
-    with batches, bar, run.writer.thread, sample.compiling():
+    with batches, bar, run.writer.thread, sample.compile_errors():
         train(run, batches, bar, stop)
         stopped = run.step < cfg.max_steps                  # this process was asked to, or another one
         if stopped:
@@ -724,7 +722,7 @@ def main(cfg):
     run.writer.wait(final=True)
     if run.rank == 0:
         print(f"{'stopped' if stopped else 'done'} at step {run.step}: {run.path}")
-    run.network = None                                      # before its process group, or their threads may deadlock
+    run.network = None                                      # DDP ends before the process group, or threads may deadlock
     if dist.is_initialized():
         dist.destroy_process_group()
     if stopped:

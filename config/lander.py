@@ -3,7 +3,7 @@
     pip install "gymnasium[box2d]"
     python data.py --env=LunarLander-v3 --out=data/lander --episodes=200 --size=64
     python train.py config/lander.py
-    python sample.py --checkpoint=out/lander/checkpoint.pt --truth --out=lander.gif
+    python sample.py --checkpoint=out/lander --truth --out=lander.gif
 """
 out_dir = "out/lander"
 dataset = "video"

@@ -1,7 +1,7 @@
 """A world whose every move shows another view: it remembers the places it has left. 40 minutes of one CPU core.
 
     python train.py config/memory.py
-    python sample.py --checkpoint=out/memory/checkpoint.pt --truth --context=12 --out=memory.gif
+    python sample.py --checkpoint=out/memory --truth --context=12 --out=memory.gif
 """
 out_dir = "out/memory"
 dataset = "world"

@@ -1,7 +1,7 @@
 """A canvas of digits seen through a window that you move: the smallest world model, for a CPU.
 
     python train.py config/world.py
-    python sample.py --checkpoint=out/world/checkpoint.pt --truth --out=world.gif
+    python sample.py --checkpoint=out/world --truth --out=world.gif
 """
 out_dir = "out/world"
 dataset = "world"

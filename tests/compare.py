@@ -469,7 +469,7 @@ def finished_entry(name, cfg, device):
     names = {*plain_settings(DEFAULTS), "minutes", "points", "drift_frames", "memory_frames"} - free
     asked = {name: getattr(cfg, name) for name in sorted(names)}
     if not path.exists():
-        result = train.finite(train_entry(name, cfg, device) | {"settings": asked})
+        result = train.json_safe(train_entry(name, cfg, device) | {"settings": asked})
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(result, indent=1))
     entry = json.loads(path.read_text())

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import UserError, run
-from data import download, load_batch, open_source, present, replacing, require
+from data import download, load_batch, mnist_files, open_source, replacing, require
 from sample import compute_dtype, find_checkpoint, load_model, noise_levels, pick_device, roll_out
 
 # -- what to measure
@@ -57,7 +57,7 @@ LABELS = {"train": ("train-labels-idx1-ubyte.gz", "d53e105ee54ea40749a09fcbcd1e9
 
 def read_labels(data_dir, split):
     """The label of each digit of the bank of `split`, as data.py divides the images there are; fetched if missing."""
-    images = present(data_dir)
+    images = mnist_files(data_dir)
     require(images, f"{data_dir}: no MNIST images are there, and digits drawn with a font have no labels: give MNIST's "
                     "folder as --data_dir")
     name, md5 = LABELS[split if len(images) == 2 else next(iter(images))]

@@ -98,7 +98,7 @@ class BothWaysAttention(Attention):
     def attend(self, qkv, seq):
         if self.window == 1:
             return super().attend(qkv, seq)
-        q, k = rotate(qkv[:2], *seq.of_positions(rotation, qkv.device, self.head_dim // 2, qkv.dtype))
+        q, k = rotate(qkv[:2], *seq.position_table(rotation, qkv.device, self.head_dim // 2, qkv.dtype))
         q, k, v = (rearrange(z, "b 1 t m p d -> b m (t p) d") for z in (q, k, qkv[2]))
         return rearrange(F.scaled_dot_product_attention(q, k, v), "b m (t p) d -> b 1 t m p d", t=seq.frames)
 
@@ -173,7 +173,7 @@ class Stacked(Ours):
         return self.denoise_given(x[:, 1:], past, sigma[:, 1:], actions), self.log_variance(sigma[:, 1:])
 
     def past_frames(self, x, cache):
-        return cache.of(self, (len(x), self.k, *x.shape[2:]), x)
+        return cache.buffer(self, (len(x), self.k, *x.shape[2:]), x)
 
     @torch.no_grad()
     def read(self, x, sigma, cache, actions=None):

@@ -829,7 +829,7 @@ def test_a_missing_file_and_a_film_without_pyav_are_named(tmp_path, monkeypatch)
 def test_a_frame_is_cropped_at_its_centre_and_resized():
     frame = np.zeros((8, 24, 3), np.uint8)
     frame[:, 6:18] = (255, 128, 0)                                      # a little more than the middle third is kept
-    assert np.array_equal(data.fit(frame, (3, 4, 4)), np.broadcast_to([[[255]], [[128]], [[0]]], (3, 4, 4)))
-    grey = data.fit(frame, (1, 4, 4))
+    assert np.array_equal(data.crop(frame, (3, 4, 4)), np.broadcast_to([[[255]], [[128]], [[0]]], (3, 4, 4)))
+    grey = data.crop(frame, (1, 4, 4))
     assert grey.shape == (1, 4, 4) and (grey == grey[0, 0, 0]).all() and 100 < grey[0, 0, 0] < 200
-    assert np.array_equal(data.fit(frame[:, :, :1], (3, 8, 24)), np.repeat(frame[..., 0][None], 3, 0))
+    assert np.array_equal(data.crop(frame[:, :, :1], (3, 8, 24)), np.repeat(frame[..., 0][None], 3, 0))

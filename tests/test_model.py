@@ -355,7 +355,7 @@ def test_what_depends_on_the_position_alone_is_computed_once_for_all_passes_on_a
         return factor * positions ** 2
     for frame in range(3):
         for _ in range(2):
-            assert m.Sequence(cache=cache).of_positions(square, "cpu", 5) == 5 * frame ** 2
+            assert m.Sequence(cache=cache).position_table(square, "cpu", 5) == 5 * frame ** 2
         cache.advance()
     assert made == [0, 1, 2, 3]
 

@@ -351,21 +351,21 @@ def test_without_data_at_hand_the_checkpoint_says_what_kind_of_actions_a_model_k
     texts = {True: "0,2", False: str(tmp_path / "vectors.npy")}
     cfg = SimpleNamespace(samples=1, frames=2, context=0, truth=False, prompt="", actions=texts[discrete])
     model, state = small_model(action_dim=3), {"stats": {"discrete": discrete}}
-    assert sampling.inputs(cfg, model, state)[1].is_floating_point() != discrete
+    assert sampling.given_clips(cfg, model, state)[1].is_floating_point() != discrete
     cfg.actions = texts[not discrete]
     with pytest.raises(UserError, match="this model was trained on"):
-        sampling.inputs(cfg, model, state)
+        sampling.given_clips(cfg, model, state)
 
 
 def test_none_for_actions_tells_a_model_nothing_of_them_if_it_learnt_to_do_without(capsys):
     cfg = SimpleNamespace(samples=2, frames=5, context=0, truth=False, prompt="", actions="none")
     model, state = small_model(action_dim=3), {"stats": {}, "settings": {"action_dropout": 0.1}}
-    clips, actions = sampling.inputs(cfg, model, state)
+    clips, actions = sampling.given_clips(cfg, model, state)
     assert clips.shape == (2, 0, 1, 4, 4) and actions.tolist() == [[-1] * 5] * 2
     assert "told no actions" in capsys.readouterr().out
     state["settings"]["action_dropout"] = 0.0
     with pytest.raises(UserError, match="this model needs actions"):
-        sampling.inputs(cfg, model, state)
+        sampling.given_clips(cfg, model, state)
 
 
 def test_a_rollout_hands_on_how_to_sample(model, context, monkeypatch):

@@ -12,6 +12,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -1261,6 +1262,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tiny, tmp_pat
     while kills < wanted:
         child = os.fork()
         if child == 0:
+            train.tqdm.set_lock(threading.RLock())          # else its end while it holds ours would be ours, too
             with open(os.devnull, "w") as nowhere, suppress(BaseException):
                 os.dup2(nowhere.fileno(), 1)
                 os.dup2(nowhere.fileno(), 2)

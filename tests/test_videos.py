@@ -922,7 +922,7 @@ def test_episodes_are_recorded_with_their_actions(here):
         for t, frame in enumerate(frames):                              # these actions lead to these frames
             if t:
                 env.step(int(actions[t]))
-            assert np.array_equal(data.fit(env.render(), (3, 32, 32)), frame)
+            assert np.array_equal(data.crop(env.render(), (3, 32, 32)), frame)
     assert set(np.concatenate([np.load(path) for path in (here / "game").rglob("*.actions.npy")])) == {0, 1}
 
 
