@@ -423,11 +423,12 @@ img { image-rendering: pixelated; height: 65vh } a { color: #fa0 }</style>
 const game = GAME, $ = id => document.getElementById(id), held = [], times = []
 const keys = Object.assign([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], {ArrowUp: 1, ArrowDown: 2, ArrowLeft: 3, ArrowRight: 4})
 let paused = false, gone = false, tapped = null
-$("help").textContent = game.sliders ? "the sliders are the actions" : game.actions
+$("help").textContent = game.sliders ? "the sliders are the actions; arrow keys move the chosen one" : game.actions
   ? `arrow keys and 0 to ${Math.min(9, game.actions - 1)} are the actions, space pauses`
   : "this model was trained without actions: it dreams on; space pauses"
 for (let i = 0; i < game.sliders; i++)
-  $("sliders").innerHTML += `<input type="range" min="-1" max="1" step="0.01" value="0" aria-label="action ${i}"> `
+  $("sliders").innerHTML += `<input type="range" min="-1" max="1" step="0.05" value="0" aria-label="action ${i}"> `
+document.querySelector("input")?.focus()
 onkeydown = event => {
   const known = keys[event.key] < game.actions
   if (event.ctrlKey || event.altKey || event.metaKey || event.key != " " && !known) return   // the browser's own

@@ -537,6 +537,18 @@ def test_a_browser_plays(playing, browser, tmp_path):
     assert ended.code == 0 and "ended" in ended.out and "Traceback" not in ended.err
 
 
+@pytest.mark.parametrize("parts", ["continuous"], indirect=True)
+def test_arrow_keys_move_the_chosen_slider(parts, server, browser):
+    browser.get(f"http://127.0.0.1:{server.server_port}")
+    browser.execute_script(WATCH)
+    from selenium.webdriver import ActionChains, Keys
+    until(lambda: [0, 0] in browser.execute_script("return sent"))
+    ActionChains(browser).send_keys(Keys.ARROW_RIGHT).perform()         # the first is chosen from the beginning
+    until(lambda: [0.2, 0] in browser.execute_script("return sent"))    # a twentieth of how far actions reach
+    ActionChains(browser).send_keys(Keys.TAB, Keys.ARROW_LEFT, Keys.ARROW_LEFT).perform()
+    until(lambda: [0.2, -0.4] in browser.execute_script("return sent"))
+
+
 @pytest.mark.parametrize("latents, named", [
     (np.zeros((3, 4, 8, 6), np.float32), r"own\.npy: a latent of \(4, 8, 6\), expected \(4, 8, 8\)"),
     (np.full((3, 4, 8, 8), 1e5, np.float32), r"own\.npy holds latents that are not finite in float16"),
