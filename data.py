@@ -528,6 +528,7 @@ def play_episode(cfg, number):
     """(frame h w c, action) of an episode of a gymnasium environment under random actions, the first of them zeros;
     discrete ones count from 0."""
     import gymnasium
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")       # pictures without a window, or word that there is no screen
     seed = int(np.random.SeedSequence((cfg.seed, number)).generate_state(1)[0])
     with reraise(lambda error: f"--env={cfg.env}, episode {number}: {error}", Exception):
         with contextlib.closing(gymnasium.make(cfg.env, render_mode="rgb_array")) as env:

@@ -89,7 +89,7 @@ ema_widths = (0.05, 0.1)        # power-function averages of the weights, as fra
 # -- evaluation
 eval_clips = 32                 # held-out clips per evaluation
 eval_sigmas = (0.1, 0.3, 1.0, 3.0, 10.0)    # noise levels of the error table
-eval_context = 4                # the error table's second row is of frames with as many before them; given in pictures
+eval_context = 4                # frames before those of the error table's second row; as many are given in pictures
 picture_frames = 16             # frames in the pictures, the given ones included; no more than a clip has
 picture_steps = 6               # Euler steps per frame in the pictures
 # -- system
