@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from config import at_least, require
 
+torch.backends.cuda.enable_cudnn_sdp(False)                 # it plans anew for every shape, and has had wrong results
+
 # ---------------------------------------------------------------------------------------------------
 # Magnitude-preserving operations: unit variance in, unit variance out (EDM2, section 2 and appendix B).
 
@@ -97,7 +99,8 @@ class MPWeight(nn.Module):
 
     def compute_scaled(self, dtype, gain):
         rows = self.weight.flatten(1) * (gain / math.sqrt(self.fan_in))         # flat, or gradients have other strides
-        return rows.view_as(self.weight).to(dtype)
+        layout = torch.channels_last if self.weight.ndim == 4 else torch.preserve_format         # as activations are
+        return rows.view_as(self.weight).to(dtype, memory_format=layout)
 
 
 class MPLinear(MPWeight):
@@ -251,7 +254,8 @@ class CausalConv(MPWeight):
         return seq.position_table(past_gain, x.device, self.kernel, x.dtype)
 
     def compute_scaled(self, dtype, gain):
-        return super().compute_scaled(dtype, gain).transpose(0, 1).contiguous()                  # k c_out c_in 3 3
+        weight = super().compute_scaled(dtype, gain).permute(1, 0, 3, 4, 2)
+        return weight.contiguous().movedim(-1, 2)           # k c_out c_in 3 3, in memory the channels last
 
     def past(self, x, weight, seq):
         """What the clean frames before each frame add to it: x b s t h w c_in -> b t h w c_out."""

@@ -24,6 +24,7 @@ import time
 import weakref
 import webbrowser
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,20 +133,22 @@ class Rollout(collections.abc.Iterator):
 
     def advance(self, action=None):
         """The next frame, b c h w, which `action`, b 1 (..), leads to."""
-        generator = seeded(self.device, self.seed, self.cache.position)
+        t = self.cache.position
+        generator = seeded(self.device, self.seed, t)
         x = torch.randn(self.shape, generator=generator, device=self.device) * self.levels[0]
-        x = reverse_diffusion(functools.partial(self.denoise, action), x, self.levels, generator=generator, **self.how)
-        require(x.isfinite().all(), f"frame {self.cache.position + 1} has values that are not finite: the weights, or "
+        denoise = functools.partial(self.denoise, action, t > 0)
+        x = reverse_diffusion(denoise, x, self.levels, generator=generator, **self.how)
+        require(x.isfinite().all(), f"frame {t + 1} has values that are not finite: the weights, or "
                                     "settings such as sigma_max, are beyond all bounds")
         x = x.clamp(*self.limits) if self.limits else x
         self.read(x[:, None], action)
         return x
 
-    def denoise(self, action, x, sigma):
+    def denoise(self, action, has_past, x, sigma):
         """D(x, sigma) given the past; with history guidance, extrapolated from the D of a frame that has none."""
         x, sigma = x[:, None], x.new_full((len(x), 1), sigma)
         given_past = self.model.step(x, sigma, self.cache, action)[:, 0]
-        if self.guidance == 1 or self.cache.position == 0:
+        if self.guidance == 1 or not has_past:
             return given_past
         return torch.lerp(self.model.step(x, sigma, self.empty_cache, action)[:, 0], given_past, self.guidance)
 
@@ -161,16 +164,15 @@ class Rollout(collections.abc.Iterator):
 
 def compile_errors():
     """A block in which a failure of torch.compile becomes a UserError."""
-    return reraise(lambda error: f"--compile failed (on a CPU it needs a C++ compiler): {error}",
-                   torch._dynamo.exc.BackendCompilerFailed)
+    return reraise(lambda error: "compiling failed (--compile needs a C++ compiler; any work on a GPU Triton, a C "
+                   f"compiler and Python's headers): {error}", torch._dynamo.exc.BackendCompilerFailed)
 
 
-def compiled(method, graphs=True):
+def compiled(method):
     """A model's `step` or `read`, compiled for one frame at a time, which it is given over and over; on a GPU as one
-    CUDA graph, if one thread alone calls it (`graphs`). A cache's first pass, in which layers allocate their part and
-    weights are frozen, and passes of several frames run as they are."""
-    mode, seen = "reduce-overhead" if graphs else None, weakref.WeakSet()
-    graph = torch.compile(method, mode=mode, dynamic=False, fullgraph=True)
+    CUDA graph. One thread alone may call it. A cache's first pass, in which layers allocate their part and weights are
+    frozen, and passes of several frames run as they are."""
+    graph, seen = torch.compile(method, mode="reduce-overhead", dynamic=False, fullgraph=True), weakref.WeakSet()
 
     def call(x, sigma, cache, actions=None):
         if cache in seen and x.shape[1] == 1:
@@ -482,15 +484,16 @@ class Refused(Exception):
 
 
 class Game:
-    """A rollout that one page steers. Every method answers with bytes; but for `encoded`, only one runs at a time."""
+    """A rollout that one page steers. Its methods run in one thread, the `worker`'s: torch keeps what it has found out
+    about convolutions, and CUDA graphs, for each thread. Only `encoded` may run in others."""
 
     def __init__(self, model, source, stats, cfg, settings, device):
         self.model, self.source, self.stats, self.cfg, self.settings = model, source, stats, cfg, settings
         require(not stats.get("latent"), "--play shows pictures, and this model makes latents")
         self.continuous = not stats.get("discrete")         # or there are none
-        self.device, self.lock = device, threading.Lock()
+        self.device, self.worker = device, ThreadPoolExecutor(1)
         self.player, self.seen, self.number = None, -math.inf, cfg.first_clip
-        self.restart()
+        self.worker.submit(self.restart).result()
 
     def restart(self):
         """Begins anew from the next clip's first frames, or from nothing."""
@@ -562,15 +565,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         game, frame, status, kind = self.server.game, "", 200, "text/plain"
         try:
             request = self.read_request()
-            with game.lock:
-                if request is not None:
-                    kind, (body, frame) = "image/png", game.play(request)
-                elif self.path == "/gif":
-                    kind, shown = "image/gif", [*game.last]
-                else:
-                    kind, (status, body) = "text/html", game.page()
-            if kind == "image/gif":                         # the game goes on meanwhile
-                body = game.encoded(write_gif, shown)
+            if request is not None:
+                kind, (body, frame) = "image/png", game.worker.submit(game.play, request).result()
+            elif self.path == "/gif":                       # the game goes on while it is encoded
+                kind, body = "image/gif", game.encoded(write_gif, game.worker.submit(list, game.last).result())
+            else:
+                kind, (status, body) = "text/html", game.worker.submit(game.page).result()
         except (Refused, UserError) as error:
             status, reason = error.args[0] if isinstance(error, Refused) else (500, str(error))
             body = reason.encode()
@@ -756,7 +756,7 @@ def main(cfg):
         require(Path(cfg.out).resolve() != Path(path).resolve(), f"--out={cfg.out} is the checkpoint itself")
         return save_weights(cfg.out, model, state, width, getattr(torch, cfg.precision))
     if cfg.compile:
-        model.step, model.read = (compiled(method, graphs=not cfg.play) for method in (model.step, model.read))
+        model.step, model.read = map(compiled, (model.step, model.read))
     else:                                                   # a tenth faster; torch.compile does not take it
         model.step, model.read = map(torch.inference_mode(), (model.step, model.read))
     if cfg.context_noise < 0:

@@ -185,7 +185,7 @@ def hide_actions(actions, samples, cfg):
     """The actions of a share of the clips made unknown: a function of (seed, number)."""
     hidden = [torch.rand([], generator=sample.seeded("cpu", cfg.seed, number, 2)) < cfg.action_dropout
               for number in samples]
-    hidden = torch.stack(hidden).to(actions.device).view(-1, *[1] * (actions.ndim - 1))
+    hidden = torch.stack(hidden).to(actions.device, non_blocking=True).view(-1, *[1] * (actions.ndim - 1))
     return actions.masked_fill(hidden, math.nan if actions.is_floating_point() else -1)
 
 
@@ -494,7 +494,8 @@ class Run:
         if self.world_size > 1 and not cfg.shard:
             with warnings.catch_warnings():                 # torch 2.13 has another name for it, 2.9 has not
                 warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
-                self.network = DistributedDataParallel(self.network, broadcast_buffers=False)      # they never change
+                self.network = DistributedDataParallel(self.network, broadcast_buffers=False,      # they never change
+                                                       gradient_as_bucket_view=True)               # and not twice
         self.board = None
         if cfg.tensorboard and self.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
@@ -683,8 +684,8 @@ def train(run, batches, bar, stop):
     steps, seconds = 0, 0.0                                                 # since the last line of the log
     if run.step and run.due(cfg.eval_interval) and not run.evaluated():     # it was cut off
         run.evaluate()
+    began = time.perf_counter()
     while run.step < cfg.max_steps and not any_process(stop, run.device):
-        began = time.perf_counter()
         if cfg.dropout:
             torch.manual_seed(cfg.seed + run.step * run.world_size + run.rank)
         loss = gradients(run.network, batches, cfg, run.stats, run.device)
@@ -707,6 +708,7 @@ def train(run, batches, bar, stop):
             run.save()                                      # first: an evaluation may fail, out of memory, say
         if run.due(cfg.eval_interval):
             run.evaluate()
+        began = time.perf_counter()
 
 
 def main(cfg):

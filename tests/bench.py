@@ -72,15 +72,17 @@ def count_flops(function):
 def best_times(functions, device, repeats, short=False):
     """{name: best ms}, the functions {name: f} run in turn, so that all see the same machine. Short ones are called
     twice and timed the second time: else what ran before would say whose weights are in the processor's caches."""
+    def run(function):
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     best = dict.fromkeys(functions, float("inf"))
     for i in range(repeats + 1):                            # the first is a warm-up
         for name, function in functions.items():
             if short:
-                function()
+                run(function)
             began = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            run(function)
             best[name] = min(best[name], 1e3 * (time.perf_counter() - began) if i else float("inf"))
     return best
 
@@ -310,6 +312,7 @@ def data_rows(cfg, device):
     source = open_source(cfg, "train")
     shape = (cfg.batch_size, source.frames, *source.shape)
     step = video_step(cfg, torch.zeros(cfg.batch_size, *shape[1:]), cfg.noised_copies, device)
+    step()                                                  # the first may compile for longer than all others take
     with Batches(source, cfg.batch_size, device) as batches:
         began = time.perf_counter()
         for _ in range(count := 20 if cfg.quick else 100):

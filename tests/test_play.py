@@ -113,6 +113,16 @@ def test_an_action_changes_the_frame_it_leads_to_where_there_are_actions(game):
     assert np.array_equal(*frames) == (game.an_action is None)
 
 
+def test_all_frames_are_made_in_one_thread(game, server, monkeypatch):
+    """For each thread torch plans convolutions anew, and records CUDA graphs of its own."""
+    threads, advance, token = [], game.rollout.advance, player(server)
+    monkeypatch.setattr(game.rollout, "advance", lambda x: threads.append(threading.get_ident()) or advance(x))
+    for _ in range(3):
+        ask(server, "POST", body={"player": token, "do": "frame", "action": game.an_action})
+    made_the_given_ones = game.worker.submit(threading.get_ident).result()
+    assert threads == 3 * [made_the_given_ones] != 3 * [threading.get_ident()]
+
+
 def test_a_pages_vector_is_scaled_as_in_training(game):
     if game.model.cfg.action_dim == 2:
         rms = torch.tensor(game.stats["action_rms"])
