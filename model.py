@@ -673,7 +673,7 @@ class Denoiser(nn.Module):
         """Remove from every gradient its part along the weight, before the optimizer step (EDM2 Eq. 47)."""
         for weight in (p for p in self.parameters() if p.ndim > 1 and p.grad is not None):
             along = (weight * weight.grad).mean(tuple(range(1, weight.ndim)), keepdim=True)       # |w|^2 = fan in
-            weight.grad.sub_(weight * along)
+            weight.grad.addcmul_(weight, along, value=-1)
 
 
 def noise_label(sigma):
