@@ -333,7 +333,7 @@ def tiled(frames, given, scale):
 
 
 def write_array(file, frames, given, scale, fps):
-    """Pixels as n t h w c, latents as n t c h w: the layouts that data.py reads."""
+    """Pixels as n t h w c, latents as n t c h w: each sample in the layout that data.py reads."""
     frames = np.stack(list(frames), axis=1)
     np.save(file, np.moveaxis(frames, 2, -1) if frames.dtype == np.uint8 else frames)
 
@@ -424,7 +424,7 @@ img { image-rendering: pixelated; height: 65vh } a { color: #fa0 }</style>
 <script>
 const game = GAME, $ = id => document.getElementById(id), held = [], times = []
 const keys = Object.assign([0, 1, 2, 3, 4, 5, 6, 7, 8, 9], {ArrowUp: 1, ArrowDown: 2, ArrowLeft: 3, ArrowRight: 4})
-let paused = false, gone = false, tapped = null
+let paused = false, tapped = null
 $("help").textContent = game.sliders ? "the sliders are the actions; arrow keys move the chosen one" : game.actions
   ? `arrow keys and 0 to ${Math.min(9, game.actions - 1)} are the actions, space pauses`
   : "this model was trained without actions: it dreams on; space pauses"
@@ -443,7 +443,7 @@ onkeyup = event => {                                // its name may be another o
   if (i >= 0) held.splice(i, 1)
 }
 onblur = () => { held.length = 0 }
-onbeforeunload = () => { gone = true; navigator.sendBeacon("/", JSON.stringify({player: game.player, do: "leave"})) }
+onbeforeunload = () => { navigator.sendBeacon("/", JSON.stringify({player: game.player, do: "leave"})) }
 $("pause").onclick = event => {
   event.target.blur(); paused = !paused; event.target.textContent = paused ? "go on" : "pause"
 }
@@ -464,7 +464,7 @@ async function ask(request) {
 async function loop() {
   const began = performance.now()
   try {
-    if (!paused && !gone) {
+    if (!paused) {
       const frame = await ask({do: "frame", action: action()})
       times.push(performance.now()); if (times.length > 20) times.shift()
       const rate = 1000 * (times.length - 1) / (times.at(-1) - times[0])
