@@ -301,35 +301,35 @@ class PastSkip(CausalConv):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Video attention: one softmax over all that `sees` allows. q, k, v: b s t m p d (m heads, p = h w places, d dim).
+# Video attention: one softmax over all that `sees` allows. q, k, v: b m s t p d (m heads, p = h w places, d dim).
 
 ROTARY_PERIOD = 1024                                        # frames, after which positions repeat
 FRAMES_AT_ONCE = 16                                         # attended to in one call on a CPU
 
 
 def rotation(positions, pairs, dtype):
-    """cos and sin of the frames at `positions` t: 2 t 1 1 pairs. All frequencies are whole turns per `ROTARY_PERIOD`
+    """cos and sin of the frames at `positions` t: 2 t 1 pairs. All frequencies are whole turns per `ROTARY_PERIOD`
     frames, so that positions count modulo the period, exactly, however long the rollout."""
     fastest = ROTARY_PERIOD / (2 * math.pi)                 # one radian per frame
     turns = (fastest ** (1 - torch.arange(pairs, device=positions.device) / pairs)).round().long()
     angle = (positions[:, None] * turns % ROTARY_PERIOD) * (2 * math.pi / ROTARY_PERIOD)
-    return torch.stack([angle.cos(), angle.sin()])[:, :, None, None].to(dtype)
+    return torch.stack([angle.cos(), angle.sin()])[:, :, None].to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding over time: x: .. t m p d, by its frames' `rotation`."""
+    """Rotary embedding over time: x: .. t p d, by its frames' `rotation`."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 def with_past(clean, own, past):
-    """Keys or values of n frames, `own` b s n m p d, with those of the `past` clean frames before each put in front.
-    `clean`: the n + past - 1 clean frames they come from, b m p d each -> (b s n) m ((past + 1) p) d."""
+    """Keys or values of n frames, `own` b m s n p d, with those of the `past` clean frames before each put in front.
+    `clean`: the n + past - 1 clean frames they come from, b m p d each -> (b m s) n ((past + 1) p) d."""
     if past == 0:
         return own.flatten(0, 2)
-    s, n = own.shape[1:3]
+    s, n = own.shape[2:4]
     seen = torch.stack([frame for i in range(n) for frame in clean[i:i + past]], dim=2)
-    seen = rearrange(seen, "b m (n t) p d -> b 1 n m (t p) d", n=n).expand(-1, s, -1, -1, -1, -1)
+    seen = rearrange(seen, "b m (n t) p d -> b m 1 n (t p) d", n=n).expand(-1, -1, s, -1, -1, -1)
     return torch.cat([seen, own], dim=-2).flatten(0, 2)
 
 
@@ -337,17 +337,17 @@ def with_past(clean, own, past):
 def attend_frame_by_frame(q, k, v, window):
     """The CPU path: each frame attends to the keys that it sees and no others, so nothing is masked. Frames with a full
     window see equally many keys, so they are batched, `FRAMES_AT_ONCE` at a time."""
-    early = min(window - 1, q.shape[2])
-    sizes = [1] * early + [min(FRAMES_AT_ONCE, q.shape[2] - i) for i in range(early, q.shape[2], FRAMES_AT_ONCE)]
-    clean_k, clean_v = k[:, 0].unbind(1), v[:, 0].unbind(1)                              # t times b m p d
+    early = min(window - 1, q.shape[3])
+    sizes = [1] * early + [min(FRAMES_AT_ONCE, q.shape[3] - i) for i in range(early, q.shape[3], FRAMES_AT_ONCE)]
+    clean_k, clean_v = k[:, :, 0].unbind(2), v[:, :, 0].unbind(2)                        # t times b m p d
     t, out = 0, []
-    for q_t, k_t, v_t in zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True):
-        past, n = min(t, window - 1), q_t.shape[2]
+    for q_t, k_t, v_t in zip(*(x.split(sizes, dim=3) for x in (q, k, v)), strict=True):
+        past, n = min(t, window - 1), q_t.shape[3]
         seen = slice(t - past, t + n - 1)
         keys, values = with_past(clean_k[seen], k_t, past), with_past(clean_v[seen], v_t, past)
-        out.append(F.scaled_dot_product_attention(q_t.flatten(0, 2), keys, values).unflatten(0, q_t.shape[:3]))
+        out.append(F.scaled_dot_product_attention(q_t.flatten(0, 2), keys, values))
         t += n
-    return torch.cat(out, dim=2)
+    return torch.cat(out, dim=1).view_as(q)
 
 
 @functools.lru_cache(maxsize=64)
@@ -369,11 +369,8 @@ def compiled_flex_attention():
 
 def attend_flex(q, k, v, mask):
     """The GPU path: block-sparse FlexAttention over the whole sequence, `mask` being its `block_mask`."""
-    _, s, t, _, p, _ = q.shape
-    q, k, v = (rearrange(x, "b s t m p d -> b m (s t p) d").contiguous() for x in (q, k, v))
     flex = flex_attention if torch.compiler.is_compiling() else compiled_flex_attention()
-    out = flex(q, k, v, block_mask=mask)
-    return rearrange(out, "b m (s t p) d -> b s t m p d", s=s, t=t)
+    return flex(*(x.flatten(2, 4) for x in (q, k, v)), block_mask=mask).view_as(q)
 
 
 def ring_mask(position, window, places, dtype):
@@ -385,8 +382,8 @@ def ring_mask(position, window, places, dtype):
 def attend_cached(q, k, v, ring, slot, mask):
     """The present frame attends to a ring (2 b m window p d) of the last frames' keys and values. Its own go into the
     slot of the frame that leaves the window, at every evaluation and once more when it is read as clean."""
-    ring.index_copy_(3, slot, torch.stack([k[:, 0], v[:, 0]]).transpose(2, 3))
-    return F.scaled_dot_product_attention(q[:, 0, 0], *ring.flatten(3, 4), attn_mask=mask)[:, None, None]
+    ring.index_copy_(3, slot, torch.stack([k[:, :, 0], v[:, :, 0]]))
+    return F.scaled_dot_product_attention(q[:, :, 0, 0], *ring.flatten(3, 4), attn_mask=mask).view_as(q)
 
 
 TRUNK, BRANCH = blend(0.3)                                  # factors of trunk and branch in residual sums
@@ -405,11 +402,11 @@ class Attention(nn.Module):
         self.sharpness = nn.Parameter(torch.ones(channels // head_dim))
 
     def forward(self, x, seq):
-        qkv = rearrange(self.qkv(x).movedim(1, -1), "(b s t) h w (n m d) -> n b s t m (h w) d",
+        qkv = rearrange(self.qkv(x).movedim(1, -1), "(b s t) h w (n m d) -> n b m s t (h w) d",
                         n=3, d=self.head_dim, s=seq.copies, t=seq.frames).contiguous()   # as fused kernels want it
-        gains = F.pad(self.sharpness[None], (0, 0, 0, 2), value=1).view(3, 1, 1, 1, -1, 1, 1)           # of q, k, v
+        gains = F.pad(self.sharpness[None], (0, 0, 0, 2), value=1).view(3, 1, -1, 1, 1, 1, 1)           # of q, k, v
         y = self.attend(unit_rms(qkv, -1, gains), seq)
-        y = rearrange(y, "b s t m (h w) d -> (b s t) h w (m d)", h=x.shape[2]).movedim(-1, 1)
+        y = rearrange(y, "b m s t (h w) d -> (b s t) h w (m d)", h=x.shape[2]).movedim(-1, 1)
         return torch.add(self.out(y, BRANCH), x, alpha=TRUNK)
 
     def table(self, x, seq):
@@ -421,7 +418,7 @@ class Attention(nn.Module):
         q_and_k, (v,) = qkv.split([2, 1])
         q, k = rotate(q_and_k, *self.table(v, seq))
         if seq.cache is not None:
-            b, _, _, m, p, d = q.shape
+            b, m, _, _, p, d = q.shape
             ring = seq.cache.buffer(self, (2, b, m, self.window, p, d), k)
             slot = seq.position_table(torch.remainder, v.device, self.window)         # position % window
             return attend_cached(q, k, v, ring, slot, seq.position_table(ring_mask, v.device, self.window, p, v.dtype))

@@ -265,15 +265,14 @@ def visible_pairs(copies, frames, window):
 def attention_row(frames, positions, window, cfg, device, product, product_flops):
     copies, heads, d, batch = 2, 2, 32, 2
     dtype = compute_dtype(device)
-    q, k, v = (torch.randn(batch, copies, frames, heads, positions, d, device=device, dtype=dtype, requires_grad=True)
+    q, k, v = (torch.randn(batch, heads, copies, frames, positions, d, device=device, dtype=dtype, requires_grad=True)
                for _ in range(3))
     visible = visible_pairs(copies, frames, window)
     mask = visible.repeat_interleave(positions, 0).repeat_interleave(positions, 1).to(device)
     blocks = block_mask(copies, frames, positions, window, device)
 
     def dense():
-        flat = (rearrange(x, "b s t m p d -> b m (s t p) d") for x in (q, k, v))
-        F.scaled_dot_product_attention(*flat, attn_mask=mask).sum().backward()
+        F.scaled_dot_product_attention(*(x.flatten(2, 4) for x in (q, k, v)), attn_mask=mask).sum().backward()
 
     def ours():
         out = attend_flex(q, k, v, blocks) if q.is_cuda else attend_frame_by_frame(q, k, v, window)

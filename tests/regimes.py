@@ -99,8 +99,8 @@ class BothWaysAttention(Attention):
         if self.window == 1:
             return super().attend(qkv, seq)
         q, k = rotate(qkv[:2], *seq.position_table(rotation, qkv.device, self.head_dim // 2, qkv.dtype))
-        q, k, v = (rearrange(z, "b 1 t m p d -> b m (t p) d") for z in (q, k, qkv[2]))
-        return rearrange(F.scaled_dot_product_attention(q, k, v), "b m (t p) d -> b 1 t m p d", t=seq.frames)
+        q, k, v = (rearrange(z, "b m 1 t p d -> b m (t p) d") for z in (q, k, qkv[2]))
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "b m (t p) d -> b m 1 t p d", t=seq.frames)
 
 
 class WholeClip(Ours):

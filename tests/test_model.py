@@ -113,28 +113,28 @@ def visible(s, t, reach):
 
 
 def rotated(x, start):
-    positions = start + torch.arange(x.shape[-4])
+    positions = start + torch.arange(x.shape[-3])
     return m.rotate(x, *m.rotation(positions, x.shape[-1] // 2, x.dtype))
 
 
 def attention_inputs(s, t, p, heads=2, d=16, b=2, device="cpu", dtype=torch.float32):
-    """q, k, v: b s t m p d, of RMS 1 over d, as the cosine attention makes them."""
+    """q, k, v: b m s t p d, of RMS 1 over d, as the cosine attention makes them."""
     g = torch.Generator().manual_seed(s + 10 * t + 100 * p)
-    x = torch.randn(3, b, s, t, heads, p, d, generator=g)
+    x = torch.randn(3, b, heads, s, t, p, d, generator=g)
     return [part.to(device, dtype).requires_grad_() for part in m.unit_rms(x, -1)]
 
 
 def dense_attention(q, k, v, window):
     """Softmax over the whole sequence, with a mask made from `visible`."""
-    _, s, t, _, p, d = q.shape
+    s, t, p, d = q.shape[2:]
     mask = torch.zeros(s, t, p, s, t, p, dtype=torch.bool)
     for i in range(s):
         for j in range(t):
             for key in visible(i, j, window):
                 mask[i, j, :, key[0], key[1]] = True
-    q, k, v = (x.permute(0, 3, 1, 2, 4, 5).flatten(2, 4) for x in (q, k, v))                # b m (s t p) d
+    q, k, v = (x.flatten(2, 4) for x in (q, k, v))                      # b m (s t p) d
     logits = (q @ k.mT / math.sqrt(d)).masked_fill(~mask.reshape(s * t * p, -1).to(q.device), -math.inf)
-    return (logits.softmax(-1) @ v).unflatten(2, (s, t, p)).permute(0, 2, 3, 1, 4, 5)
+    return (logits.softmax(-1) @ v).unflatten(2, (s, t, p))
 
 
 def gradients(y, inputs):
@@ -262,9 +262,9 @@ def test_sharpness_multiplies_the_logits_of_each_head(window):
     layer, x = m.Attention(32, 16, window), torch.randn(2 * 4, 32, 2, 3)
     assert layer.sharpness.tolist() == [1, 1]
     layer.sharpness.data[:] = torch.tensor([0.5, 20])
-    q, k, v = m.unit_rms(rearrange(layer.qkv(x), "(b t) (n m d) h w -> n b 1 t m (h w) d", n=3, m=2, t=4), -1)
-    expected = dense_attention(rotated(q, 0) * torch.tensor([0.5, 20])[:, None, None], rotated(k, 0), v, window)
-    expected = rearrange(expected, "b 1 t m (h w) d -> (b t) (m d) h w", h=2)
+    q, k, v = m.unit_rms(rearrange(layer.qkv(x), "(b t) (n m d) h w -> n b m 1 t (h w) d", n=3, m=2, t=4), -1)
+    expected = dense_attention(rotated(q, 0) * torch.tensor([0.5, 20]).view(2, 1, 1, 1, 1), rotated(k, 0), v, window)
+    expected = rearrange(expected, "b m 1 t (h w) d -> (b t) (m d) h w", h=2)
     assert farthest(layer(x, m.Sequence(1, 4)), m.mp_sum(x, layer.out(expected), 0.3)) < 1e-5
 
 
@@ -412,7 +412,7 @@ def test_a_copied_cache_goes_on_by_itself_from_the_same_past():
 
 
 def test_rotations_are_whole_turns_a_period_from_a_radian_a_frame_down_in_equal_ratios():
-    cos, sin = m.rotation(torch.tensor([1]), 16, torch.float64)[:, 0, 0, 0]
+    cos, sin = m.rotation(torch.tensor([1]), 16, torch.float64)[:, 0, 0]
     turns = torch.atan2(sin, cos) * m.ROTARY_PERIOD / (2 * math.pi)     # a period
     assert farthest(turns, turns.round()) < 1e-3
     ideal = torch.logspace(math.log10(m.ROTARY_PERIOD / (2 * math.pi)), 0, 17)[:16]
@@ -420,9 +420,10 @@ def test_rotations_are_whole_turns_a_period_from_a_radian_a_frame_down_in_equal_
 
 
 def test_a_rotation_in_time_repeats_after_a_period_exactly():
-    q = torch.randn(1, 1, 5, 2, 3, 16)
+    q = torch.randn(1, 2, 1, 5, 3, 16)
     assert torch.equal(rotated(q, 7), rotated(q, 7 + m.ROTARY_PERIOD))
-    assert torch.equal(rotated(q, m.ROTARY_PERIOD - 2)[:, :, 2:], rotated(q, 0 - 2 + m.ROTARY_PERIOD * 3)[:, :, 2:])
+    assert torch.equal(rotated(q, m.ROTARY_PERIOD - 2)[..., 2:, :, :],
+                       rotated(q, 0 - 2 + m.ROTARY_PERIOD * 3)[..., 2:, :, :])
     assert farthest(rotated(q, 7), rotated(q, 8)) > 0.1
 
 
@@ -522,10 +523,10 @@ def test_a_network_with_the_masks_of_a_gpu_computes_the_same():
 def test_cached_attention_is_the_dense_softmax_over_several_windows(window):
     q, k, v = (x.detach() for x in attention_inputs(1, 10, p=6))
     layer, cache, found = attention(window), Cache(), []
-    for frame in torch.stack([q, k, v]).split(1, dim=3):
+    for frame in torch.stack([q, k, v]).split(1, dim=4):
         found.append(layer.attend(frame, m.Sequence(cache=cache, commit=True)))
         cache.advance()
-    assert farthest(torch.cat(found, dim=2), dense_attention(rotated(q, 0), rotated(k, 0), v, window)) < 1e-5
+    assert farthest(torch.cat(found, dim=3), dense_attention(rotated(q, 0), rotated(k, 0), v, window)) < 1e-5
 
 
 @pytest.mark.gpu
@@ -540,8 +541,8 @@ def test_compiled_flex_attention_is_the_dense_softmax_with_its_gradients(shape, 
         found, expected = m.attend_flex(*qkv, mask), dense_attention(*exact, window)
         assert rms(found - expected) < tolerance * rms(expected)
         for grad, expected_grad in zip(gradients(found, qkv), gradients(expected, exact), strict=True):
-            for s in range(shape[0]):                                   # each copy by itself: a wrong one cannot hide
-                assert rms(grad[:, s] - expected_grad[:, s]) < tolerance * rms(expected_grad[:, s]), f"copy {s}"
+            for ours, dense in zip(grad.unbind(2), expected_grad.unbind(2), strict=True):         # copy by copy: a
+                assert rms(ours - dense) < tolerance * rms(dense)                                   # wrong one shows
 
 
 @pytest.mark.gpu
