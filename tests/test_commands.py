@@ -324,6 +324,12 @@ def test_an_interrupted_run_saves_and_can_be_sampled(command, workshop, tmp_path
 # --help and mistakes
 
 
+def test_sampling_starts_without_importing_a_compiler():
+    """Which takes longer than a short rollout."""
+    code = "import sys, sample; raise SystemExit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "data.py"])
 def test_help_describes_every_setting(command, tmp_path, script):
     done = command(tmp_path, script, "--help")
@@ -510,7 +516,8 @@ def test_the_benchmark_counts_what_the_method_saves(command, tmp_path, workshop)
     """Operations per supervised frame, over those of an image: the encoder twice and a past for one noised copy, and
     less for each of four that share them; the shared past costs less than a past for every copy."""
     done = command(tmp_path, "tests/bench.py", str(ROOT / "config/mnist.py"), "--quick", "--supervised_frames=8",
-                   "--channels=16", "--head_dim=16", "--far=3", "--window=2", "--device=cpu", "--out=bench.json",
+                   "--channels=16", "--head_dim=16", "--channel_mults=1,2", "--frame_size=16", "--digit_size=10",
+                   "--far=3", "--window=2", "--device=cpu", "--out=bench.json",
                    f"--data_dir={workshop[0] / 'digits'}")
     assert done.code == 0, done.err
     tables = json.loads((tmp_path / "bench.json").read_text())
