@@ -18,7 +18,6 @@ import os
 import secrets
 import shutil
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -267,13 +266,14 @@ def find_checkpoint(path):
 def load_model(path, width, device):
     """(model in eval mode, checkpoint); weights averaged over `width`, 0: raw. A file to share has one width alone."""
     state = load_file(path, WEIGHT_KEYS)
-    model = Denoiser(ModelConfig(**state["model_config"]))
     weights = state["model"]
     require("ema" in state or width in (ema, state["ema_width"]),
             f"--ema={width:g}: {path} holds one set of weights alone, averaged over {state.get('ema_width')}")
     if width and "ema" in state:
         weights = weights | (state["ema"].get(width) or reconstruct_ema(Path(path).parent, state, width))
-    model.load_state_dict(weights)
+    with reraise(lambda error: f"{path} holds another network than this program's: {error}", TypeError, RuntimeError):
+        model = Denoiser(ModelConfig(**state["model_config"]))
+        model.load_state_dict(weights)
     model.normalize_weights()                               # an average of vectors on the sphere lies inside it
     return model.eval().requires_grad_(False).to(device), state
 
@@ -302,7 +302,7 @@ def compute_dtype(device):
 
 # ---------------------------------------------------------------------------------------------------
 # Writers. They take an iterator of frames, n c h w each, n samples side by side; the first `given` ones get a
-# bright border. GIFs and films are encoded while frames are made; other formats only once all are there.
+# bright border. GIFs and films grow while frames are made; the others are written once all are there.
 
 GIVEN_COLOUR, MADE_COLOUR = (255, 160, 0), (48, 48, 48)
 
@@ -381,10 +381,29 @@ def check_extension(path):
 
 
 def write(path, frames, given=0, scale=4, fps=10):
-    """To `path`, as its extension says."""
+    """One or more frames to `path`, as its extension says. A GIF or film that grows there ends well whatever ends the
+    making of frames: an error, which is raised then, or a second Ctrl-C."""
     check_extension(path)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        WRITERS[Path(path).suffix.lower()](file, frames, given, scale, fps)
+    kind, frames, errors = Path(path).suffix.lower(), iter(frames), []
+    if kind in (".npy", ".png"):
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            return WRITERS[kind](file, frames, given, scale, fps)
+    first = next(frames)
+    next(tiled([first], given, scale))                      # what cannot be shown leaves the file as it was
+
+    def until_an_error():
+        try:
+            yield first
+            yield from frames
+        except BaseException as error:
+            errors.append(error)
+    with reraise(lambda error: f"{path} cannot be written: {error}", OSError):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            WRITERS[kind](file, until_an_error(), given, scale, fps)
+    for error in errors:
+        print(f"{path} keeps the frames made before:", flush=True)
+        raise error
 
 
 def start_rollout(model, clips, stats, settings, actions=None):
@@ -665,6 +684,28 @@ def read_actions(text, frames, samples, action_dim, discrete=None):
     return array.expand(samples, *array.shape)
 
 
+def stop_on_signals(stop, finishing):
+    """Ctrl-C, SIGTERM and the end of the terminal append (number, time) to `stop`: the program is to end soon, and says
+    that it is `finishing` something. A second signal ends it at once, but for a SIGTERM within a second: torchrun,
+    which got the first one as well, passes it on."""
+    terminals, hangup = [stream for stream in (1, 2) if os.isatty(stream)], getattr(signal, "SIGHUP", None)
+
+    def handler(number, frame):
+        if number == hangup:                                # then a terminal is gone, and refuses to be written to
+            for stream in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        elif stop and (number == signal.SIGINT or time.monotonic() - stop[0][1] > 1):
+            raise SystemExit(128 + number)
+        if not stop:
+            stop.append((number, time.monotonic()))
+            print(f"\nfinishing {finishing}; once more to quit at once", flush=True)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:           # as nohup has it
+        numbers.append(hangup)
+    for number in numbers:
+        signal.signal(number, handler)
+
+
 def rollout_settings(cfg):
     """What `Rollout` takes beyond the model and the clip."""
     settings = {name: getattr(cfg, name) for name in ("seed", "context_noise", "guidance", "solver", "churn")}
@@ -768,8 +809,7 @@ def main(cfg):
     clips, actions = (None if part is None else part.to(device) for part in given_clips(cfg, model, state))
     frames = roll_out(model, clips, cfg.context, cfg.frames, state["stats"], rollout_settings(cfg), actions,
                       progress=True, stop=(stop := []))
-    for number in (signal.SIGINT, signal.SIGTERM):          # what has been made is written; a second one ends at once
-        signal.signal(number, lambda number, _: sys.exit(128 + number) if stop else stop.append(number))
+    stop_on_signals(stop, "the frame, then the file")
     frames = with_truth(clips, frames) if cfg.truth else frames
     first, count = next(frames, None), itertools.count()    # of frames that are written
     if first is not None:                                   # else it was stopped before any, and no file is written
@@ -778,7 +818,7 @@ def main(cfg):
         print(f"{cfg.out}: {cfg.samples} x {next(count)} frames, the first {cfg.context} given"
               f"{', stopped there' if stop else ''}")
     if stop:
-        raise SystemExit(128 + stop[0])
+        raise SystemExit(128 + stop[0][0])
 
 
 if __name__ == "__main__":

@@ -630,19 +630,6 @@ class Run:
 # ---------------------------------------------------------------------------------------------------
 # The training loop.
 
-def stop_on_signals(stop):
-    """Ctrl-C and SIGTERM append (number, time) to `stop`: the run ends after the current step. A second signal ends it
-    at once, but for a SIGTERM within a second: torchrun, which got the first one as well, passes it on."""
-    def handler(number, frame):
-        if stop and (number == signal.SIGINT or time.monotonic() - stop[0][1] > 1):
-            raise KeyboardInterrupt
-        if not stop:
-            stop.append((number, time.monotonic()))
-            print("\nfinishing the step, then saving; once more to quit at once", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
-
-
 def gradients(network, batches, cfg, stats, device):
     """One optimizer step's gradients, over its micro-batches; returns its mean loss."""
     total = 0.0
@@ -713,7 +700,7 @@ def train(run, batches, bar, stop):
 
 def main(cfg):
     run, stop = Run(cfg), []
-    stop_on_signals(stop)
+    sample.stop_on_signals(stop, "the step, then saving")
     batches = Batches(run.source, cfg.batch_size, run.device, run.step, run.rank, run.world_size, cfg.accumulate)
     bar = tqdm(total=cfg.max_steps, initial=run.step, unit="step", disable=run.rank > 0, dynamic_ncols=True)
     with batches, bar, run.writer.thread, sample.compile_errors():

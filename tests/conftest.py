@@ -24,6 +24,16 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+@pytest.fixture(autouse=True)
+def signals_as_they_were():
+    """Scripts set signal handlers for the whole process."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def vectors_of_thousands(monkeypatch):
     """Worlds have vectors of actions, of three numbers between -4000 and 4000, from here on. What networks are given

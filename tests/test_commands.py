@@ -1,5 +1,6 @@
 """The scripts as one runs them: files they leave, what they say, exit codes, and mistakes in one line."""
 
+import fcntl
 import importlib
 import json
 import os
@@ -7,8 +8,10 @@ import re
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,8 +63,6 @@ def signal_when_training(process, number, folder):
 @pytest.fixture
 def command(capfd, monkeypatch):
     """Runs a script as `python script ...` would in `folder`, in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
     def run(folder, script, *arguments):
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -74,9 +75,7 @@ def command(capfd, monkeypatch):
         out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err + message)
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -384,21 +383,48 @@ def test_an_interrupted_rollout_keeps_the_frames_made_so_far(workshop, tmp_path)
     assert 2 < made.shape[1] < 100_000 and f"x {made.shape[1]} frames, the first 2 given, stopped there" in done.out
 
 
+@pytest.mark.parametrize("name", ["a.gif", "a.mp4"])
+def test_a_rollout_whose_terminal_is_closed_keeps_the_frames_made_so_far(workshop, tmp_path, name):
+    """Which is told with a SIGHUP; after that, whatever is written to the terminal fails."""
+    if name == "a.mp4":
+        av = pytest.importorskip("av")
+    ours, theirs = os.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))          # of 80 columns, for a progress bar
+
+    def take_terminal():
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+    settings = ROLLOUT | {"checkpoint": workshop[0] / "out/mnist/checkpoint.pt", "frames": 100_000, "out": name}
+    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), *flags(settings)], cwd=tmp_path,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=theirs, stdout=theirs, stderr=theirs,
+                               start_new_session=True, preexec_fn=take_terminal)
+    os.close(theirs)
+    while b"frame/s" not in os.read(ours, 1000):
+        pass
+    time.sleep(0.5)
+    os.close(ours)
+    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    if name == "a.gif":
+        with Image.open(tmp_path / name) as gif:
+            count = gif.n_frames
+    else:
+        with av.open(str(tmp_path / name)) as film:
+            count = sum(1 for _ in film.decode(video=0))
+    assert 2 < count < 100_000
+
+
 def test_a_rollout_stopped_before_its_first_frame_leaves_what_was_there(workshop, tmp_path, monkeypatch, capsys):
     """Nothing is given, and Ctrl-C is pressed before a frame is made."""
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
         return begin(*arguments)
     import sample
-    begin, handlers = sample.start_rollout, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    begin = sample.start_rollout
     monkeypatch.setattr(sample, "start_rollout", interrupted)
     (tmp_path / "a.gif").write_bytes(b"made before")
     path = workshop[0] / "out/mnist/checkpoint.pt"
     changes = {"checkpoint": path, "context": 0, "frames": 9, "steps": 1, "out": tmp_path / "a.gif"}
     with pytest.raises(SystemExit) as ended:
         sample.main(read_settings(vars(sample), flags(changes)))
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
-        signal.signal(number, handler)
     assert ended.value.code == 130 and (tmp_path / "a.gif").read_bytes() == b"made before"
     assert "frames, the first" not in capsys.readouterr().out
 

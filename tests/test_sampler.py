@@ -745,6 +745,28 @@ def test_a_film_has_the_frames_side_by_side_at_its_speed(tmp_path, name):
             assert abs(float(picture[12:35, 47 * n + 12:47 * n + 35].mean()) - grey) < 6
 
 
+@pytest.mark.parametrize("name", ["a.gif", "a.mp4", "a.webm"])
+def test_frames_are_written_as_they_are_made_and_kept_if_one_fails(tmp_path, name):
+    av = pytest.importorskip("av")
+    frames = np.random.default_rng(0).integers(0, 256, (100, 1, 1, 32, 32), dtype=np.uint8)
+    sizes = []
+
+    def failing():
+        for frame in frames:
+            sizes.append((tmp_path / name).stat().st_size if (tmp_path / name).exists() else 0)
+            yield frame
+        raise UserError("the last frame is not finite")
+    with pytest.raises(UserError, match="the last frame"):
+        sampling.write(tmp_path / name, failing())
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert 0 < sizes[80] <= sizes[99] < (tmp_path / name).stat().st_size
+    if name == "a.gif":
+        assert len(pictures_of(tmp_path / name)) == 100
+    else:
+        with av.open(str(tmp_path / name)) as film:
+            assert sum(1 for _ in film.decode(video=0)) == 100
+
+
 def test_a_film_made_twice_is_the_same_file(tmp_path, videos):
     pytest.importorskip("av")
     for name in ("a.webm", "b.webm"):
