@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 
@@ -327,6 +328,44 @@ def test_a_prompt_is_taken_as_the_clips_of_training_were(tmp_path):
     assert levels.round().tolist() == [0, 5, 10, 15]
     with pytest.raises(UserError, match="has 4 frames of those that training would take: give --context=4"):
         sampling.read_prompt(tmp_path / "a.gif", 5, 1, (1, 8, 8), False, fps=8, letterbox=True, stride=2)
+
+
+def test_what_was_done_to_the_clips_of_training_is_done_to_a_prompt(tmp_path):
+    """`given_clips` hands on the stride of training, and what the stats say that films were made with."""
+    greys = np.arange(0, 200, 10, dtype=np.uint8)[:, None, None, None] + np.zeros((8, 16, 3), np.uint8)
+    frames = [Image.fromarray(grey) for grey in greys]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=50)
+    cfg = SimpleNamespace(prompt=tmp_path / "a.gif", context=4, samples=1, truth=False, actions="")
+    state = {"settings": {"stride": 2}, "stats": {"made": {"fps": 8.0, "letterbox": True}}}
+    clips, _ = sampling.given_clips(cfg, SimpleNamespace(cfg=ModelConfig(frame_shape=(1, 8, 8))), state)
+    assert not clips[0, :, 0, :2].any() and clips[0, :, 0, 4, 4].tolist() == [0, 50, 100, 150]
+
+
+def test_loaded_weights_are_back_on_the_sphere_and_need_no_gradients(tmp_path):
+    """An average of vectors on a sphere lies inside it. Weights that need gradients would be scaled at every call."""
+    torch.manual_seed(0)
+    model = Denoiser(ModelConfig(frame_shape=(1, 8, 8), channel_mults=(1,), video_attn_resolutions=(2,)))
+    shrunk = {name: p.detach() * 0.5 for name, p in model.named_parameters()}
+    torch.save({"version": sampling.VERSION, "step": 1, "settings": {}, "stats": {}, "origin": "", "optimizer": {},
+                "model_config": asdict(model.cfg), "model": model.state_dict(), "ema": {0.05: shrunk}, "recent": []},
+               tmp_path / "checkpoint.pt")
+    loaded, _ = sampling.load_model(tmp_path / "checkpoint.pt", 0.05, CPU)
+    for (name, weight), (_, trained) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
+        assert not weight.requires_grad
+        expected = trained if weight.ndim > 1 else shrunk[name]         # which has its gains
+        torch.testing.assert_close(weight.data, expected.data)
+
+
+@pytest.mark.parametrize("part, damage", [("model", lambda weights: weights.pop("unet.stem.weight")),
+                                          ("model_config", lambda config: config.update(depth=3))])
+def test_a_checkpoint_of_another_network_is_named(tmp_path, part, damage):
+    model = Denoiser(ModelConfig(frame_shape=(1, 8, 8), channel_mults=(1,), video_attn_resolutions=(2,)))
+    state = {"version": sampling.VERSION, "step": 1, "settings": {}, "stats": {}, "model_config": asdict(model.cfg),
+             "model": model.state_dict(), "ema_width": 0.05}
+    damage(state[part])
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match="weights.pt holds another network"):
+        sampling.load_model(tmp_path / "weights.pt", 0.05, CPU)
 
 
 def test_pictures_that_are_too_large_for_a_format_are_named(tmp_path):

@@ -47,13 +47,13 @@ TINY = {
 # Helpers
 
 
-def write_digits(folder, n=40):
+def write_digits(folder, n=40, seed=0):
     """An MNIST images file of n blobs, so that nothing is downloaded and nothing drawn with a font."""
     y, x = np.mgrid[:28, :28]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     centres, sizes = rng.uniform(8, 20, (n, 2)), rng.uniform(3, 6, n)
     blobs = [np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * s**2)) for (cy, cx), s in zip(centres, sizes)]
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pixels = (255 * np.array(blobs)).astype(np.uint8).tobytes()
     (folder / "t10k-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, n, 28, 28) + pixels)
     return folder
@@ -233,6 +233,32 @@ def test_each_evaluation_leaves_a_picture(finished):
             picture.load()
             cell = 16 * 2 + 2
             assert picture.size == (5 * cell, 8 * cell)  # 5 frames of 4 clips, each above its rollout
+
+
+def test_what_an_evaluation_shows_is_of_held_out_clips_and_averaged_weights(finished, tmp_path):
+    """The last one's table and picture, made anew from the checkpoint: its first average, the validation split, and the
+    same sampler with the noise of the past that `sample.py` takes."""
+    state = load(finished)
+    cfg = SimpleNamespace(**state["settings"])
+    model, _ = sample.load_model(finished / "checkpoint.pt", cfg.ema_widths[0], CPU)
+    held_out, stats = open_source(cfg, "val"), state["stats"]
+    table = train.error_table(model, held_out, stats, cfg, CPU)
+    logged = [entry["first_and_later_error"] for entry in read_log(finished) if "sigmas" in entry]
+    np.testing.assert_allclose(logged[-1], table, rtol=1e-4)
+    clips, _ = load_batch(held_out, range(4))
+    how = {"levels": sample.noise_levels(cfg.picture_steps), "seed": cfg.seed, "context_noise": cfg.context_noise / 2}
+    made = sample.roll_out(model, clips, cfg.eval_context, min(cfg.picture_frames, held_out.frames), stats, how)
+    sample.write(tmp_path / "expected.png", sample.with_truth(clips, made), cfg.eval_context, scale=2)
+    with Image.open(tmp_path / "expected.png") as expected, Image.open(finished / "rollout-00000060.png") as found:
+        difference = np.asarray(expected).astype(int) - np.asarray(found)
+    assert np.abs(difference).max() <= 1
+
+
+def test_a_run_is_compiled_if_it_is_to_be(tiny, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(train, "compiled", lambda model: compiled.append(model) or model)
+    train.main(tiny(max_steps=1, compile=True))
+    assert len(compiled) == 1
 
 
 def test_evaluating_does_not_change_what_is_learned(tiny, tmp_path):
@@ -1390,6 +1416,23 @@ def test_a_compiler_that_is_missing_is_named(tiny, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------
 # Runs that go wrong
+
+
+@pytest.mark.parametrize("clip, factor", [(0.5, 0.25), (10.0, 1.0)])
+def test_gradients_longer_than_grad_clip_are_scaled_down_to_it(tiny, clip, factor):
+    """Of a norm of 2, all weights' together, none of it along a weight."""
+    cfg = tiny(grad_clip=clip)
+    model, _, _ = build(cfg)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    model.project_gradients()
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    given = [parameter.grad.mul_(2 / norm).clone() for parameter in model.parameters()]
+    optimizer, taken = torch.optim.SGD(model.parameters()), []
+    optimizer.register_step_pre_hook(lambda *_: taken.extend(p.grad.clone() for p in model.parameters()))
+    assert train.optimizer_step(model, optimizer, 0, cfg) == pytest.approx(2, rel=1e-4)
+    for one, other in zip(taken, given, strict=True):
+        torch.testing.assert_close(one, other * factor, rtol=1e-3, atol=1e-7)
 
 
 def plant(monkeypatch, factor, k):
