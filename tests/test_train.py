@@ -171,7 +171,8 @@ def finished(tmp_path_factory, digits):
     """Folder of a run of 60 steps, evaluated at step 30 and at its end. Not to be written to."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     changes = {"data_dir": digits, "out_dir": folder, "batch_size": 8, "max_steps": 60, "warmup_steps": 10,
-               "log_interval": 6, "eval_interval": 30, "eval_clips": 12, "lr": 0.03}
+               "log_interval": 6, "eval_interval": 30, "eval_clips": 12, "lr": 0.03,
+               "context_noise": 0.1}
     train.main(read_settings(vars(train), flags(TINY | changes)))
     return folder
 
