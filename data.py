@@ -162,8 +162,9 @@ def font_digits(split, seed):
 
 
 def mnist_files(data_dir):
-    """{split: path} of the images files that are there, gzipped or unpacked."""
-    paths = [(split, Path(data_dir, name)) for split, gz in FILES.items() for name in (gz[:-3], gz)]
+    """{split: path} of the images files that are there, gzipped or unpacked; some archives have a dot for a dash."""
+    paths = [(split, Path(data_dir, name)) for split, gz in FILES.items()
+             for name in (gz[:-3].replace("-idx3", ".idx3"), gz[:-3], gz)]
     return {split: path for split, path in paths if os.path.exists(path)}
 
 
@@ -233,11 +234,9 @@ def draw_velocity(rng, low, high, whole_pixels, across=()):
     return length * np.array([np.sin(angle), np.cos(angle)])
 
 
-def check_digits(cfg, split):
+def check_digits(cfg):
     """UserError for settings that digits cannot be drawn with."""
-    require(split in FILES, f"split={split!r}: choose 'train' or 'val'")
     at_least(cfg, 1, "frames", "digits", "digit_size")
-    at_least(cfg, 0, "seed")
     require(cfg.digit_size <= cfg.frame_size, f"digit_size={cfg.digit_size}: at most frame_size={cfg.frame_size}")
     is_range = len(cfg.speed) == 2 and 0 <= cfg.speed[0] <= cfg.speed[1] < np.inf
     require(is_range, f"speed={cfg.speed!r}: set (lo, hi), 0 <= lo <= hi, as in --speed=1,3")
@@ -261,7 +260,7 @@ class MovingDigits:
     whole pixels also a new speed, as too few such velocities have the same."""
 
     def __init__(self, cfg, split):
-        check_digits(cfg, split)
+        check_digits(cfg)
         one_of(cfg, bounce=("reflect", "random"))
         require(not cfg.whole_pixels or len(whole_velocities(*cfg.speed)),
                 f"speed={cfg.speed!r} holds no whole-pixel velocity; widen it, or set whole_pixels=False")
@@ -312,12 +311,11 @@ class CanvasWorld:
     canvas's edge. Action t led to frame t; the first is to stay. Walks often turn back."""
 
     def __init__(self, cfg, split):
-        check_digits(cfg, split)
+        check_digits(cfg)
         self.move, self.free = int(cfg.speed[0]), cfg.canvas_size - cfg.frame_size
-        require(self.move >= 1 and self.move == cfg.speed[0],
-                f"speed={cfg.speed!r}: the first is the pixels of a move, a whole number from 1")
-        require(self.free >= self.move,
-                f"canvas_size={cfg.canvas_size}: at least frame_size={cfg.frame_size} and a move of {self.move}")
+        require(1 <= self.move == cfg.speed[0], f"speed={cfg.speed!r}: the first, of moves, is a whole number from 1")
+        least = cfg.frame_size + self.move
+        require(cfg.canvas_size >= least, f"canvas_size={cfg.canvas_size}: at least {least}, a frame and a move")
         self.cfg, self.stream = cfg, (cfg.seed, STREAMS[split])
         self.frames, self.shape, self.action_dim = cfg.frames, (1, cfg.frame_size, cfg.frame_size), len(MOVES)
         self.bank, self.origin = load_digits(cfg.data_dir, split, cfg.seed)
@@ -390,11 +388,10 @@ def read_pictures(path):
 
 
 def read_film(path):
-    require(importlib.util.find_spec("av"), f"{path}: films are read by PyAV, which is not installed: pip install av "
-                                            "(or give .gif, .png or .npy)", Unusable)
+    require(importlib.util.find_spec("av"), f"{path}: films are read by PyAV: pip install av", Unusable)
     import av
-    require(hasattr(av.VideoFrame, "rotation"), f"{path}: films are read by PyAV 14.1 or newer, and this is "
-                                                f"{av.__version__}: pip install -U av", Unusable)
+    too_old = f"{path}: films are read by PyAV 14.1 or newer, not {av.__version__}: pip install -U av"
+    require(hasattr(av.VideoFrame, "rotation"), too_old, Unusable)
     with av.open(str(path)) as film:
         require(film.streams.video, f"{path} has no video", Unusable)
         stream, untimed = film.streams.video[0], film.format.name == "avi"      # which stores no display times
@@ -448,7 +445,7 @@ def at_rate(timed, fps):
     """From (seconds, item) pairs, the item shown at each tick of a clock of `fps` ticks a second, which starts with the
     first item. One that comes up to .15 ticks late counts as in time: files round times, GIFs to hundredths. Every item
     if fps is 0, or if they have no times."""
-    on, began, ticks = None, None, 0
+    shown, began, ticks = None, None, 0
     for seconds, item in timed:
         if not fps or seconds is None:
             yield item
@@ -456,10 +453,10 @@ def at_rate(timed, fps):
         began = seconds if began is None else began
         now = (seconds - began) * fps
         due = math.ceil(now - 0.15)                         # ticks before this item comes on
-        yield from itertools.repeat(on, due - ticks)
-        on, ticks, last_tick = item, max(due, ticks), now + 0.15
-    if began is not None and ticks <= last_tick:
-        yield on
+        yield from itertools.repeat(shown, due - ticks)
+        shown, ticks, late = item, max(due, ticks), now + 0.15
+    if began is not None and ticks <= late:
+        yield shown
 
 
 def actions_beside(path):
@@ -475,15 +472,14 @@ def with_actions(timed, path):
         return
     with reading(beside):
         actions = np.load(beside, allow_pickle=False)
-        given, count, kind = f"{beside} has {len(actions)} actions", 0, (actions.dtype.kind, actions.ndim)
+        kind = actions.dtype.kind, actions.ndim
     least, most = (-1e6, 1e6) if kind == ("f", 2) else (0, 65535)
     fits = kind in (("f", 2), ("i", 1), ("u", 1)) and not ((actions < least) | (actions > most)).any()   # NaN: unknown
     require(fits, f"{beside} holds {actions.dtype} {actions.shape}: expected a whole number from 0 to 65535, or floats "
                   "from -1e6 to 1e6, for each frame", Unusable)
-    for count, (seconds, frame) in enumerate(timed, start=1):
-        require(count <= len(actions), f"{given}, and {path.name} has more frames", Unusable)
-        yield seconds, (frame, actions[count - 1])
-    require(count == len(actions), f"{given} for {count} frames", Unusable)
+    with reraise(lambda _: f"{beside} has {len(actions)} actions, not one for each frame", ValueError, become=Unusable):
+        for (seconds, frame), action in zip(timed, actions, strict=True):
+            yield seconds, (frame, action)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -539,10 +535,9 @@ def play_episode(cfg, number):
                     f"--env={cfg.env}: actions {space}; only Discrete and flat Box ones can be recorded")
             first, action, over = getattr(space, "start", 0), np.zeros_like(space.sample()), False
             for _ in range(cfg.max_frames):
-                frame = env.render()
-                found = f"{frame.dtype} {frame.shape}" if isinstance(frame, np.ndarray) else type(frame).__name__
-                require(re.fullmatch(r"uint8 \(\d+, \d+, 3\)", found),
-                        f"--env={cfg.env}: its picture is {found}, expected uint8 h w 3")
+                frame = np.asarray(env.render())
+                require(frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3,
+                        f"--env={cfg.env}: its picture is {frame.dtype} {frame.shape}, expected uint8 h w 3")
                 yield frame, action
                 if over:
                     break
@@ -657,8 +652,7 @@ def combine(records, share, left_out, before):
     acted = [record for record in records if record["action_dim"]]
     actions = {"discrete actions" if record["discrete"] else f"vectors of {record['action_dim']}": record["name"]
                for record in acted}
-    require(len(actions) < 2, "actions are of different kinds: "
-                              f"{', '.join(f'{name} has {some}' for some, name in actions.items())}: take some out")
+    require(len(actions) < 2, f"actions are of different kinds: take out clips like one of {actions}")
     frames = np.array([record["frames"] for record in records])
     mean, square = (frames @ np.array([record[key] for record in records]) / frames.sum() for key in ("mean", "square"))
     val = set(held_out([record["name"] for record in records], share, before))
@@ -683,7 +677,7 @@ def check_prepare(cfg):
     require(0 < cfg.val_share < 1, f"--val_share={cfg.val_share}: between 0 and 1")
     require(not cfg.src or os.path.isdir(cfg.src), f"--src={cfg.src}: there is no such folder")
     require(not cfg.env or importlib.util.find_spec("gymnasium"),
-            f"--env={cfg.env}: gymnasium, which runs environments, is not installed: pip install gymnasium")
+            f"--env={cfg.env}: gymnasium, which runs it, is not installed: pip install gymnasium")
     meta, wanted = Path(cfg.out, "meta.json"), made_with(cfg)
     before = read_meta(cfg.out)["made_with"] if meta.exists() else {}
     changed = [f"{name} was {before[name]}, now {now}" for name, now in wanted.items() if before.get(name, now) != now]
@@ -715,8 +709,7 @@ def in_processes(cfg, names):
                 left_out[jobs[job]] = reason
                 tqdm.write(f"left out: {reason}")
     except BrokenProcessPool as error:
-        raise UserError("a process that prepared clips was killed, perhaps for want of memory; what is finished is "
-                        "kept: run the same again, with fewer --workers") from error
+        raise UserError("a worker was killed, for want of memory? Run the same again, with fewer --workers") from error
     except KeyboardInterrupt:
         print("\nfinishing the clips that have begun, and keeping them; once more to quit at once", flush=True)
         raise
@@ -779,8 +772,8 @@ class VideoClips:
         require(self.clips, f"data_dir={folder}: none of its {len(self.meta[split])} {split} clips has the {self.span} "
                             "frames that `frames` and `stride` ask for: set them lower, or prepare more videos")
         self.shape, self.action_dim = tuple(self.meta["shape"]), self.meta["action_dim"]
-        require(cfg.frame_size == self.shape[1], f"frame_size={cfg.frame_size}: the clips in {folder} are "
-                f"{self.shape[1]} high; train with --frame_size={self.shape[1]}, or choose another folder")
+        require(cfg.frame_size == self.shape[1], f"frame_size={cfg.frame_size}: the clips in {folder} are of "
+                                                 f"{self.shape[1]}: train with --frame_size={self.shape[1]}")
         require(not (cfg.flip and self.action_dim), "flip=True would mirror frames, and not their actions: set False")
         self.stats = {key: self.meta.get(key) for key in ("mean", "std", "discrete", "reach", "action_rms")}
         made = {key: self.meta["made_with"].get(key) for key in ("fps", "letterbox")}        # of films, for prompts
@@ -798,7 +791,7 @@ class VideoClips:
         """Clip `index` as (uint8 or float16 (t, c, h, w), actions (t,) or (t, a) or None)."""
         rng = np.random.default_rng((*self.stream, index))
         window = rng.integers(self.ends[-1])
-        number = np.searchsorted(self.ends, window, side="right")
+        number = np.searchsorted(self.ends, window, side="right")       # each clip's windows count from its last back
         name, length, acted = self.clips[number]
         path, start = clip_path(self.folder, name, ".raw"), self.ends[number] - 1 - window
         taken = slice(start, start + self.span, self.cfg.stride)
@@ -848,19 +841,18 @@ def measure(source, clips=256):
     the largest magnitude and the root mean square. Prepared clips have all of them in `source.stats`."""
     if hasattr(source, "stats"):
         return source.stats
-    measured, reach, squares = [], 0.0, []
+    measured, acted = [], []
     for index in range(clips):
         frames, actions = source.clip(index)
         require(frames.shape == (source.frames, *source.shape) and frames.dtype in (np.uint8, np.float16), f"clip "
                 f"{index} is {frames.dtype} {frames.shape}: expected uint8, or float16 latents, of frames and shape "
                 f"{(source.frames, *source.shape)}")
         measured.append(moments(frames))
-        if actions is not None:
-            largest, square = action_moments(actions)
-            reach, squares = max(reach, largest), [*squares, square]
+        acted.append(action_moments(np.zeros(1) if actions is None else actions))
+    reach, squares = zip(*acted)
     return statistics(*np.mean(measured, axis=0)) | {
         "latent": frames.dtype != np.uint8, "discrete": actions is None or actions.dtype.kind != "f",
-        "reach": reach, "action_rms": np.sqrt(np.mean(squares, axis=0)).tolist() if squares else 0.0}
+        "reach": max(reach), "action_rms": np.sqrt(np.mean(squares, axis=0)).tolist()}
 
 
 def per_channel(stats, device):

@@ -88,14 +88,15 @@ class MPWeight(nn.Module):
     def scaled(self, dtype, gain=1.0):
         """The weight as it is used. If it needs no gradient, it is computed once and kept until the weight is written
         to (writes through `.data` go unnoticed). Compiled code uses what the uncompiled pass before it computed."""
-        weight, known, compiling = self.weight, self.frozen, torch.compiler.is_compiling()
-        key = dtype, gain, weight.device
-        if weight.requires_grad or compiling and known[0] != key:
+        if self.weight.requires_grad:
             return self.compute_scaled(dtype, gain)
-        state = known[1] if compiling else (weight._version, weight.data_ptr())   # a copied model counts anew
-        if known[:2] != (key, state):
-            self.frozen = known = key, state, self.compute_scaled(dtype, gain)
-        return known[2]
+        key = dtype, gain, self.weight.device
+        if torch.compiler.is_compiling():
+            return self.frozen[2] if self.frozen[0] == key else self.compute_scaled(dtype, gain)
+        state = self.weight._version, self.weight.data_ptr()            # the second for a copied model
+        if self.frozen[:2] != (key, state):
+            self.frozen = key, state, self.compute_scaled(dtype, gain)
+        return self.frozen[2]
 
     def compute_scaled(self, dtype, gain):
         rows = self.weight.flatten(1) * (gain / math.sqrt(self.fan_in))         # flat, or gradients have other strides
@@ -143,7 +144,7 @@ class Cache:
 
     def __init__(self, device="cpu"):
         self.clock = torch.zeros((), dtype=torch.long, device=device)    # frames read so far = present frame's index
-        self.tensors = {}                                   # layer -> tensor, rewritten in place ever after
+        self.tensors = {}                                   # number of a layer -> tensor, rewritten in place ever after
         self.tables = {}                                    # (function, *settings) -> its value at `clock`, likewise
 
     @property
@@ -151,21 +152,11 @@ class Cache:
         return self.clock.item()
 
     def buffer(self, layer, shape, like):
-        if layer not in self.tensors:
-            self.tensors[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        found = tuple(self.tensors[layer].shape)
-        require(found == tuple(shape), f"the cache holds {found}, and the frames need {tuple(shape)}: a cache serves "
-                                       "one batch, from its first frame on", ValueError)
-        return self.tensors[layer]
-
-    def __deepcopy__(self, memo):
-        """A copy of the past, to go on from otherwise. Its keys are the same layers, unless these are copied, too, as
-        parts of whatever holds the cache: then they are the copies."""
-        other = Cache(self.clock.device)
-        other.clock = self.clock.clone()
-        other.tensors, other.tables = ({memo.get(id(key), key): tensor.clone() for key, tensor in tensors.items()}
-                                       for tensors in (self.tensors, self.tables))
-        return other
+        if layer.number not in self.tensors:
+            self.tensors[layer.number] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        found = tuple(self.tensors[layer.number].shape)
+        require(found == tuple(shape), f"the cache is of one batch: it holds {found}, not {tuple(shape)}", ValueError)
+        return self.tensors[layer.number]
 
     def advance(self, frames=1):
         self.clock += frames
@@ -328,7 +319,8 @@ def with_past(clean, own, past):
     if past == 0:
         return own.flatten(0, 2)
     s, n = own.shape[2:4]
-    seen = torch.stack([frame for i in range(n) for frame in clean[i:i + past]], dim=2)
+    windows = [clean[i:i + past] for i in range(n)]         # one before each frame, overlapping
+    seen = torch.stack([frame for window in windows for frame in window], dim=2)
     seen = rearrange(seen, "b m (n t) p d -> b m 1 n (t p) d", n=n).expand(-1, -1, s, -1, -1, -1)
     return torch.cat([seen, own], dim=-2).flatten(0, 2)
 
@@ -405,7 +397,7 @@ class Attention(nn.Module):
     def forward(self, x, seq):
         qkv = rearrange(self.qkv(x).movedim(1, -1), "(b s t) h w (n m d) -> n b m s t (h w) d",
                         n=3, d=self.head_dim, s=seq.copies, t=seq.frames).contiguous()   # as fused kernels want it
-        gains = F.pad(self.sharpness[None], (0, 0, 0, 2), value=1).view(3, 1, -1, 1, 1, 1, 1)           # of q, k, v
+        gains = F.pad(self.sharpness[None], (0, 0, 0, 2), value=1).view(3, 1, -1, 1, 1, 1, 1)    # of q; of k and v 1
         y = self.attend(unit_rms(qkv, -1, gains), seq)
         y = rearrange(y, "b m s t (h w) d -> (b s t) h w (m d)", h=x.shape[2]).movedim(-1, 1)
         return torch.add(self.out(y, BRANCH), x, alpha=TRUNK)
@@ -457,8 +449,7 @@ class ModelConfig:
                                                         f"{factor} (patch_size {self.patch_size}, {depth} levels)")
         heights = [height // self.patch_size >> i for i in range(depth)]
         for wanted in (*self.video_attn_resolutions, *self.frame_attn_resolutions):
-            require(wanted in heights, f"no level has the attention resolution {wanted}: feature maps are "
-                                       f"{', '.join(map(str, heights))} high")
+            require(wanted in heights, f"attention resolution {wanted}: feature maps are {heights} high")
         at_least(self, 1, "window", "temporal_kernel")
         require(self.window <= ROTARY_PERIOD // 2, f"window={self.window}: at most {ROTARY_PERIOD // 2} frames")
         widths = [self.channels * mult for mult in self.channel_mults]
@@ -576,6 +567,8 @@ class Denoiser(nn.Module):
         self.unet = UNet(c_io, c_emb, cfg)
         self.error_features = MPFourier(128, inputs=2)
         self.error_log_variance = MPLinear(1, 128)
+        for number, layer in enumerate(self.modules()):
+            layer.number = number                           # by which caches know it: of a copy, too
 
     def forward(self, x, sigma, actions=None):
         """The training pass. x: b s t c h w, copy 0 clean; sigma: b s t, noise level of every frame (0 if clean);
@@ -648,17 +641,15 @@ class Denoiser(nn.Module):
 
     def check(self, x, sigma, actions, layout):
         """ValueError that names the expected and the given shape; layout: b s t or b t."""
-        n, size, action_dim = len(layout.split()), tuple(self.cfg.frame_shape), self.cfg.action_dim
-        leading = tuple(x.shape[:n])
-        require(x.shape == (*leading, *size), f"frames: expected {layout} + {size}, given {tuple(x.shape)}", ValueError)
-        require(sigma.shape == leading, f"sigma: expected {leading}, given {tuple(sigma.shape)}", ValueError)
-        given = "none" if actions is None else tuple(actions.shape)
-        require(bool(action_dim) == (actions is not None),
-                f"actions: the model has action_dim {action_dim}, given {given}", ValueError)
-        expected = (leading[0], leading[-1])
-        if actions is not None and actions.is_floating_point():
-            expected += (action_dim,)
-        require(given in ("none", expected), f"actions: expected {expected}, given {given}", ValueError)
+        size, action_dim = tuple(self.cfg.frame_shape), self.cfg.action_dim
+        leading = tuple(x.shape[:len(layout.split())])
+        vector = (action_dim,) if actions is not None and actions.is_floating_point() else ()
+        wanted = {"frames": (x, leading + size), "sigma": (sigma, leading),
+                  "actions": (actions, (leading[0], leading[-1], *vector) if action_dim else "none")}
+        for name, (tensor, expected) in wanted.items():
+            given = "none" if tensor is None else tuple(tensor.shape)
+            require(given == expected, f"{name}: expected {expected}, given {given} (frames are {layout} + {size}, "
+                                       f"with action_dim {action_dim})", ValueError)
 
     @torch.no_grad()
     def normalize_weights(self):

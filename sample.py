@@ -137,8 +137,7 @@ class Rollout(collections.abc.Iterator):
         x = torch.randn(self.shape, generator=generator, device=self.device) * self.levels[0]
         denoise = functools.partial(self.denoise, action, t > 0)
         x = reverse_diffusion(denoise, x, self.levels, generator=generator, **self.how)
-        require(x.isfinite().all(), f"frame {t + 1} has values that are not finite: the weights, or "
-                                    "settings such as sigma_max, are beyond all bounds")
+        require(x.isfinite().all(), f"frame {t + 1} has values that are not finite: the weights are off, or sigma_max")
         x = x.clamp(*self.limits) if self.limits else x
         self.read(x[:, None], action)
         return x
@@ -257,10 +256,9 @@ def find_checkpoint(path):
     """`path`, or, if it is a folder, the newest checkpoint.pt anywhere below it; of an empty `path`, below out/."""
     if path and not os.path.isdir(path):
         return path
-    root = path or "out"
-    found = sorted(glob.glob(f"{glob.escape(root)}/**/checkpoint.pt", recursive=True), key=os.path.getmtime)
-    require(found, f"no checkpoint under {root}/: train one first, python train.py config/mnist.py")
-    return found[-1]
+    found = glob.glob(f"{glob.escape(path or 'out')}/**/checkpoint.pt", recursive=True)
+    require(found, f"no checkpoint under {path or 'out'}/: train one first, python train.py config/mnist.py")
+    return max(found, key=os.path.getmtime)
 
 
 def load_model(path, width, device):
@@ -290,9 +288,7 @@ def pick_device(name):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with reraise(lambda error: f"device {name!r} cannot be used: {error}", RuntimeError, AssertionError):
-        probe = torch.zeros(1, device=name)
-        probe.item()                                        # the device "meta" holds no numbers
-        return probe.device
+        return torch.zeros(1, device=name).device
 
 
 def compute_dtype(device):
@@ -605,7 +601,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_request(self):
         """What a page has posted, a dict; of GET None."""
         hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
-        hosts += ["127.0.0.1", "localhost"] * (self.server.server_port == 80)            # where browsers leave it out
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
         own = host in hosts and origin in (None, f"http://{host}")
         require(own, (403, f"only pages of http://{hosts[0]} are answered"), Refused)
@@ -675,8 +670,7 @@ def read_actions(text, frames, samples, action_dim, discrete=None):
     require(discrete in (None, whole), f"--actions={text}: {array.dtype}; this model was trained on "
                                        f"{'vectors of floats' if whole else 'whole numbers'}")
     expected = (frames,) if whole else (frames, action_dim)
-    require(array.shape == expected,
-            f"--actions={text}: {array.shape} actions for --frames={frames}, expected {expected}")
+    require(array.shape == expected, f"--actions={text}: {array.shape} for --frames={frames}, expected {expected}")
     require(whole or np.isfinite(array).all(), f"--actions={text}: not all of its numbers are finite")
     require(not whole or 0 <= array.min() and array.max() < action_dim,
             f"--actions={text}: {array.min()} to {array.max()}; this model knows 0 to {action_dim - 1}")
@@ -718,21 +712,19 @@ def check_settings(cfg):
     at_least(cfg, 0, "context", "first_clip", "seed", "churn")
     all_finite(cfg)
     one_of(cfg, solver=("euler", "heun"), precision=("bfloat16", "float32"), split=("train", "val"))
-    require(0 < cfg.sigma_min < cfg.sigma_max <= 1e6 and 0.1 <= cfg.rho <= 100, f"--sigma_min={cfg.sigma_min} "
-            f"--sigma_max={cfg.sigma_max} --rho={cfg.rho}: sigma_min above 0, sigma_max above it and at most 1e6, rho "
-            "from 0.1 to 100")
+    require(0 < cfg.sigma_min < cfg.sigma_max <= 1e6, f"--sigma_min={cfg.sigma_min} --sigma_max={cfg.sigma_max}: the "
+                                                      "first above 0, the second above it and at most 1e6")
+    require(0.1 <= cfg.rho <= 100, f"--rho={cfg.rho}: from 0.1 to 100")
     require(cfg.context_noise == -1 or cfg.context_noise >= 0, f"--context_noise={cfg.context_noise}: 0 or more, or -1")
     require(cfg.scale <= 64, f"--scale={cfg.scale}: at most 64")
     gif = cfg.play or cfg.out.lower().endswith(".gif")
-    require(cfg.fps <= (50 if gif else 1000), f"--fps={cfg.fps}: at most 50 in play and GIFs (players slow down what "
-                                              "is faster), 1000 in films")
+    require(cfg.fps <= (50 if gif else 1000), f"--fps={cfg.fps}: at most 50 in play and GIFs, 1000 in films")
     require(0 <= cfg.ema <= 0.25, f"--ema={cfg.ema}: a width is above 0 and at most 0.25; 0 takes the raw weights")
     require(not (cfg.prompt and (cfg.truth or cfg.play)),
             f"--truth and --play need clips of the data: they cannot be used with --prompt={cfg.prompt}")
     require(not cfg.truth or cfg.actions in ("", "none"),
-            f"--truth shows clips under their own actions, not --actions={cfg.actions}: leave one of them out")
-    require(not cfg.prompt or cfg.context > 0,
-            f"--prompt={cfg.prompt} with --context={cfg.context}: give how many of its frames to take")
+            f"--truth is under the data's actions, not --actions={cfg.actions}: leave one of them out")
+    require(not cfg.prompt or cfg.context, f"--prompt={cfg.prompt} --context=0: how many of its frames are given?")
     require(cfg.play or cfg.context <= cfg.frames,
             f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
     idle = not_default(cfg, globals()) & {"out", "frames", "samples", "truth", "actions"}
@@ -777,8 +769,8 @@ def given_clips(cfg, model, state):
         return clips, read_actions(cfg.actions, cfg.frames, cfg.samples, model.cfg.action_dim,
                                    state["stats"].get("discrete"))
     if model.cfg.action_dim and (cfg.actions == "none" or actions is None):
-        require(state["settings"]["action_dropout"], "this model needs actions, and there are none: give --actions, or "
-                                                     "train it with action_dropout")
+        require(state["settings"]["action_dropout"], "this model needs --actions (trained with action_dropout, it "
+                                                     "would not)")
         print("the model is told no actions")
         actions = torch.full((cfg.samples, cfg.frames), -1)
     return clips, actions
@@ -806,6 +798,8 @@ def main(cfg):
     if cfg.play:
         source = open_data(cfg, state, cfg.context) if cfg.context else None
         return serve(Game(model, source, state["stats"], cfg, rollout_settings(cfg), device), cfg.port)
+    if cfg.context > model.cfg.window:
+        print(f"--context={cfg.context}: more than the {model.cfg.window} frames that the model sees at once")
     clips, actions = (None if part is None else part.to(device) for part in given_clips(cfg, model, state))
     frames = roll_out(model, clips, cfg.context, cfg.frames, state["stats"], rollout_settings(cfg), actions,
                       progress=True, stop=(stop := []))

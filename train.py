@@ -165,7 +165,8 @@ def draw_noise(samples, copies, shape, cfg, device):
         draw = [torch.randn(copies, shape[0], generator=g, device=device),
                 torch.randn(copies, *shape, generator=g, device=device)]
         if cfg.context_noise:
-            draw += [torch.rand([], generator=g, device=device), torch.randn(shape, generator=g, device=device)]
+            level = cfg.context_noise * torch.rand([], generator=g, device=device)
+            draw += [level, torch.randn(shape, generator=g, device=device)]
         drawn.append(draw)
     return [torch.stack(parts) for parts in zip(*drawn, strict=True)]
 
@@ -193,8 +194,6 @@ def loss_of(model, clips, actions, noise, cfg):
     """Mean over clips, copies and frames of lambda(sigma) / exp(u) * squared error + u."""
     z, eps, *context = noise
     sigma = (cfg.P_mean + cfg.P_std * z).exp()
-    if context:
-        context[0] = context[0] * cfg.context_noise
     x, sigmas = clean_and_noised(clips, sigma, eps, *context)
     denoised, u = model(x, sigmas, actions)
     weight = (sigma ** 2 + cfg.sigma_data ** 2) / (sigma * cfg.sigma_data) ** 2
@@ -211,9 +210,9 @@ def matrix(weight):
 
 
 def orthogonal(matrices):
-    """About U V^T of each matrix U S V^T; all have the same shorter side. Five Newton-Schulz steps with Jordan's
-    coefficients (Jordan et al. 2024, Muon) bring all singular values above 1/650 of the norm to between 0.7 and 1.2.
-    Each step multiplies x by a polynomial of x x^T, a small square matrix. So the five are multiplied together first,
+    """About U V^T of each matrix U S V^T; all have the same shorter side. Five Newton-Schulz steps x <- p(x x^T) x with
+    Jordan's p(s) = 3.4445 - 4.7750 s + 2.0315 s^2 (Jordan et al. 2024, Muon) bring all singular values above 1/650 of
+    the norm to between 0.7 and 1.2. As x x^T is a small square matrix, the five p are multiplied together first,
     batched over all matrices, and then with each x once."""
     wide = [x if x.shape[0] <= x.shape[1] else x.mT for x in matrices]
     wide = torch._foreach_div(wide, torch._foreach_add(torch._foreach_norm(wide), 1e-20))
@@ -334,10 +333,6 @@ def draw_picture(path, model, source, stats, cfg, device):
 # ---------------------------------------------------------------------------------------------------
 # Checkpoints and the log.
 
-def previous(path):
-    return path.with_name(f"{path.stem}-previous{path.suffix}")
-
-
 class Writer:
     """Saves states in a thread, so that training need not wait for a disk. The next `wait` tells of a failure, and a
     second one in a row ends the run; the file that it should have replaced stays as it was."""
@@ -433,19 +428,15 @@ def check_settings(cfg):
     for name in ("frames", "picture_frames"):
         require(getattr(cfg, name) > cfg.eval_context,
                 f"{name}={getattr(cfg, name)}: must be more than eval_context={cfg.eval_context}")
-    for name in ("grad_clip", "sigma_data", "lr"):
-        require(getattr(cfg, name) > 0, f"{name}={getattr(cfg, name)}: must be above 0; grad_clip=inf clips nothing")
-    for name in ("eval_sigmas", "ema_widths", "channel_mults"):
-        require(getattr(cfg, name) and min(getattr(cfg, name)) > 0, f"{name}={getattr(cfg, name)}: give one or more "
-                                                                    "numbers above 0")
+    for name in ("grad_clip", "sigma_data", "lr", "eval_sigmas", "ema_widths", "channel_mults"):
+        value = getattr(cfg, name)
+        require(value and min(value if isinstance(value, tuple) else [value]) > 0, f"{name}={value}: must be above 0")
     require(max(cfg.ema_widths) <= 0.25, f"ema_widths={cfg.ema_widths}: shares of the run, at most 0.25")
     require(max(cfg.dropout, cfg.action_dropout) <= 1, "dropout and action_dropout are shares, at most 1")
     one_of(cfg, init_from=("auto", "changed", "scratch"), decay=("linear", "sqrt"), optimizer=("muon", "adam"))
     require(not (cfg.shard and cfg.compile), "shard=True and compile=True have not been made to work together: set one")
-    require(not cfg.shard or "LOCAL_RANK" in os.environ, "shard=True shards over the processes that torchrun starts, "
-                                                         "and there is only this one: use torchrun, or leave it out")
-    require(not cfg.tensorboard or importlib.util.find_spec("tensorboard"),
-            "tensorboard=True: TensorBoard is not installed: pip install tensorboard")
+    require(not cfg.shard or "LOCAL_RANK" in os.environ, "shard=True is for several processes: start with torchrun")
+    require(not cfg.tensorboard or importlib.util.find_spec("tensorboard"), "tensorboard=True: pip install tensorboard")
 
 
 def build_model(cfg, source, device):
@@ -453,8 +444,7 @@ def build_model(cfg, source, device):
     model = Denoiser(ModelConfig(frame_shape=tuple(source.shape), action_dim=source.action_dim, **fields))
     values, channels = source.shape[0] * cfg.patch_size ** 2, cfg.channels * cfg.channel_mults[0]
     require(values <= channels, f"patch_size={cfg.patch_size}: a patch holds {values} values, and {channels} channels "
-                                "at the finest level cannot tell the noise of all, so that some would stay: set more "
-                                "channels, or a smaller patch_size")
+                                "cannot tell the noise of all: set more channels, or a smaller patch_size")
     require(device.type != "cuda" or cfg.head_dim >= 16 or cfg.window == 1 or not cfg.video_attn_resolutions,
             f"head_dim={cfg.head_dim}: FlexAttention, which a GPU uses, needs at least 16")
     return model.to(device)
@@ -470,7 +460,8 @@ def compiled(model):
 class Run:
     def __init__(self, cfg):
         check_settings(cfg)
-        self.cfg, self.folder, self.path = cfg, Path(cfg.out_dir), Path(cfg.out_dir, "checkpoint.pt")
+        self.cfg, self.folder = cfg, Path(cfg.out_dir)
+        self.path, self.previous = self.folder / "checkpoint.pt", self.folder / "checkpoint-previous.pt"
         self.device, self.rank, self.world_size = start_processes(cfg)
         if self.rank > 0:                                   # the first process comes first, alone: it may download
             dist.barrier()
@@ -504,17 +495,16 @@ class Run:
 
     def resume(self, path):
         """Goes on from the checkpoint at `path`, if there is one, or from the one before if that cannot be read."""
-        if not path.exists() and not previous(path).exists():
-            if old := sorted(self.folder.glob("ema-*.pt")):
-                raise UserError(f"{self.folder} holds snapshots, {old[0].name} for one, of another run: move them away")
-            return
+        if not path.exists() and not self.previous.exists():
+            old = any(self.folder.glob("ema-*.pt"))
+            return require(not old, f"{self.folder} holds snapshots ema-*.pt of another run: move them away")
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"             # by torchrun: the same run
         require(restarted or self.cfg.init_from != "scratch", f"{path} holds a run already, which init_from=scratch "
                 "would overwrite: choose another out_dir, or move it away")
         try:
             state = sample.load_file(path, sample.CHECKPOINT_KEYS)
         except UserError as error:
-            path = previous(path)
+            path = self.previous
             if not path.exists():
                 raise
             state = sample.load_file(path, sample.CHECKPOINT_KEYS)
@@ -527,8 +517,8 @@ class Run:
         old, new = plain_settings(globals()) | state["settings"], vars(self.cfg)         # missing ones had the default
         changed = [f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in new
                    if key not in FREE_TO_CHANGE and old.get(key) != new[key]]
-        moved = f" {Path(new['data_dir'])}".join(state["origin"].rsplit(f" {Path(old['data_dir'])}", 1))
-        if moved != self.source.origin:                     # more than the folder's path is different
+        moved = f" {Path(new['data_dir'])}".join(state["origin"].rsplit(f" {Path(old['data_dir'])}", 1))    # its folder
+        if moved != self.source.origin:
             changed.append(f"the data were {state['origin']}, now {self.source.origin}")
         require(not changed or self.cfg.init_from == "changed",
                 f"{path} is of a run with other settings: {'; '.join(changed)}. Choose another out_dir, or repeat the "
@@ -592,7 +582,7 @@ class Run:
         self.writer.wait()
         require(all(x.isfinite().all() for x in state["model"].values()),
                 f"step {self.step}: weights are not finite; the last checkpoint is kept. Lower lr")
-        self.writer.save(state, self.path, keep=previous(self.path))
+        self.writer.save(state, self.path, keep=self.previous)
         if self.due(self.cfg.checkpoint_interval):
             halved = tree_map(torch.Tensor.half, state["ema"])
             self.writer.save({"step": self.step, "ema": halved}, self.folder / f"ema-{self.step:08d}.pt")
@@ -678,8 +668,8 @@ def train(run, batches, bar, stop):
         loss = gradients(run.network, batches, cfg, run.stats, run.device)
         norm = optimizer_step(run.model, run.optimizer, run.step, cfg)
         skipped = 0 if math.isfinite(norm) else skipped + 1
-        require(skipped != cfg.max_skipped, f"step {run.step}: {skipped} gradients in a row were not finite; what was "
-                                            "saved before is kept. Lower lr, or look at the clips named above")
+        require(skipped != cfg.max_skipped, f"step {run.step}: {skipped} gradients in a row were not finite. Lower lr, "
+                                            "or look at the clips named above")
         run.step, steps = run.step + 1, steps + 1
         run.ema.update(run.step)
         run.recent.append(sum_over_ranks(loss) / run.world_size)

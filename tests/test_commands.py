@@ -224,6 +224,12 @@ def test_compiling_is_asked_for_each_of_the_two_passes_of_a_frame(sampled, monke
     assert compiled == ["step", "read"]
 
 
+def test_more_given_frames_than_the_model_sees_at_once_are_told(sampled):
+    """Three, with the present one."""
+    assert "sees at once" not in sampled("a.npy", context=3)[0]
+    assert "--context=4: more than the 3 frames that the model sees at once" in sampled("b.npy", context=4)[0]
+
+
 def test_the_given_frames_are_those_of_the_data(sampled, workshop):
     made = np.load(sampled("a.npy", samples=2, first_clip=7, context=5)[1])
     assert made.shape == (2, 6, 16, 16, 1) and made.dtype == np.uint8
@@ -489,7 +495,7 @@ def test_a_users_own_file_is_the_prompt(sampled, tmp_path):
     ({"actions": "0,1"}, ["--actions=0,1", "without actions"]),
     ({"prompt": "nothing.gif", "truth": True}, ["--truth", "--prompt"]),
     ({"prompt": "nothing.gif"}, ["nothing.gif"]),
-    ({"prompt": "nothing.gif", "context": 0}, ["--prompt=nothing.gif with --context=0"]),
+    ({"prompt": "nothing.gif", "context": 0}, ["--prompt=nothing.gif --context=0"]),
     ({"prompt": ROOT / "readme_images/mask.png", "context": 2}, ["mask.png", "1 frame", "--context=1"]),
     ({"split": "test"}, ["split", "test"]),
     ({"device": "abacus"}, ["abacus"]),

@@ -523,6 +523,7 @@ def test_a_network_with_the_masks_of_a_gpu_computes_the_same():
 def test_cached_attention_is_the_dense_softmax_over_several_windows(window):
     q, k, v = (x.detach() for x in attention_inputs(1, 10, p=6))
     layer, cache, found = attention(window), Cache(), []
+    layer.number = 0                                        # that a Denoiser gives its layers
     for frame in torch.stack([q, k, v]).split(1, dim=4):
         found.append(layer.attend(frame, m.Sequence(cache=cache, commit=True)))
         cache.advance()
@@ -1173,5 +1174,5 @@ def test_a_cache_of_another_batch_is_refused():
     denoiser, cache = network(), Cache()
     x, sigma, _ = training_inputs(denoiser, b=2)
     denoiser.read(x[:, 0, :2], sigma[:, 0, :2], cache)
-    with pytest.raises(ValueError, match="a cache serves one batch"):
+    with pytest.raises(ValueError, match="the cache is of one batch"):
         denoiser.step(x[:1, 0, :1], sigma[:1, 0, :1], cache)

@@ -298,14 +298,6 @@ def test_what_the_user_can_mend_reaches_the_page(game, server, capfd, monkeypatc
     assert capfd.readouterr().err == ""
 
 
-def test_at_a_browsers_own_port_no_host_names_it(game, monkeypatch):
-    """Port 80 may not be ours to open: the handler is asked alone."""
-    handler = sample.Handler.__new__(sample.Handler)
-    handler.server, handler.path, handler.command = SimpleNamespace(server_port=80, game=game), "/", "GET"
-    for handler.headers in ({"Host": "127.0.0.1"}, {"Host": "localhost:80"}):
-        assert handler.read_request() is None
-
-
 def test_what_is_not_there_is_refused(server):
     assert ask(server, path="/etc/passwd").code == 404 and ask(server, "POST", "/frame", b"{}").code == 404
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)

@@ -403,7 +403,7 @@ def test_none_for_actions_tells_a_model_nothing_of_them_if_it_learnt_to_do_witho
     assert clips.shape == (2, 0, 1, 4, 4) and actions.tolist() == [[-1] * 5] * 2
     assert "told no actions" in capsys.readouterr().out
     state["settings"]["action_dropout"] = 0.0
-    with pytest.raises(UserError, match="this model needs actions"):
+    with pytest.raises(UserError, match="this model needs --actions"):
         sampling.given_clips(cfg, model, state)
 
 

@@ -293,7 +293,7 @@ def test_the_loss_is_the_formula_on_the_noised_copies(context_noise):
     clips, denoised = rng.normal(size=(b, t, *shape)), rng.normal(size=(b, r, t, *shape))
     u, z, eps = rng.normal(size=(b, r, t)), rng.normal(size=(b, r, t)), rng.normal(size=(b, r, t, *shape))
     level, clean_eps = rng.uniform(size=b), rng.normal(size=(b, t, *shape))
-    noise = [z, eps] + [level, clean_eps] * (context_noise > 0)
+    noise = [z, eps] + [level * context_noise, clean_eps] * (context_noise > 0)
     network, actions = stub(torch.tensor(denoised), torch.tensor(u)), torch.zeros(b, t)
     loss = train.loss_of(network, torch.tensor(clips), actions, [torch.tensor(part) for part in noise], cfg)
 
@@ -314,7 +314,7 @@ def test_the_loss_is_the_formula_on_the_noised_copies(context_noise):
     assert x.shape == (b, 1 + r, t, *shape) and passed is not None
 
 
-def noise_of(samples, seed=0, context_noise=0.1):
+def noise_of(samples, seed=0, context_noise=1.0):
     cfg = SimpleNamespace(seed=seed, context_noise=context_noise)
     return train.draw_noise(samples, 2, (3, 1, 4, 4), cfg, CPU)
 
@@ -489,7 +489,7 @@ def test_snapshots_of_another_run_are_not_mixed_in(tiny, tmp_path):
     train.main(tiny(max_steps=2, checkpoint_interval=1))
     for path in (tmp_path / "run").glob("checkpoint*.pt"):
         path.unlink()
-    with pytest.raises(UserError, match="holds snapshots, ema-00000001.pt for one, of another run: move them away"):
+    with pytest.raises(UserError, match=r"holds snapshots ema-\*\.pt of another run: move them away"):
         train.main(tiny(max_steps=2))
 
 
@@ -1242,7 +1242,7 @@ def test_a_run_whose_newest_checkpoint_is_torn_goes_on_from_the_one_before(tiny,
     train.main(tiny("whole", **changes))
     train.main(tiny("torn", **changes))
     path = tmp_path / "torn" / "checkpoint.pt"
-    assert torch.load(train.previous(path), weights_only=True)["step"] == 4
+    assert torch.load(path.with_name("checkpoint-previous.pt"), weights_only=True)["step"] == 4
     content = path.read_bytes()
     path.unlink()
     if damage == "truncated":
@@ -1252,7 +1252,7 @@ def test_a_run_whose_newest_checkpoint_is_torn_goes_on_from_the_one_before(tiny,
     said = capsys.readouterr().out
     assert "checkpoint-previous.pt at step 4 of 6" in said and f"{path}" in said
     assert_same_run(tmp_path / "torn", tmp_path / "whole")
-    assert torch.load(train.previous(path), weights_only=True)["step"] == 4              # never the damaged one
+    assert torch.load(path.with_name("checkpoint-previous.pt"), weights_only=True)["step"] == 4    # not the damaged one
     aside = tmp_path / "torn" / "checkpoint-damaged.pt"
     assert aside.exists() == (damage == "truncated") and (not aside.exists() or aside.read_bytes() == content[:-1000])
 
@@ -1289,7 +1289,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tiny, tmp_pat
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         kills += os.WIFSIGNALED(status)
-        newest = path if path.exists() else train.previous(path)
+        newest = path if path.exists() else path.with_name("checkpoint-previous.pt")
         if newest.exists():
             assert 0 < torch.load(newest, weights_only=True)["step"] <= 24 * wanted
         if not os.WIFSIGNALED(status):
@@ -1328,7 +1328,7 @@ def test_a_failed_save_keeps_the_last_checkpoint_and_training_goes_on(tiny, tmp_
     assert len(said) == 1 and "checkpoint.pt cannot be written" in said[0]
     assert_same(load(tmp_path / "full")["model"], load(tmp_path / "whole")["model"])
     folder = tmp_path / "full"
-    assert torch.load(train.previous(folder / "checkpoint.pt"), weights_only=True)["step"] == 2
+    assert torch.load(folder / "checkpoint-previous.pt", weights_only=True)["step"] == 2
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
@@ -1540,7 +1540,6 @@ def test_the_log_is_json_with_a_setting_that_is_not_finite(tiny, tmp_path):
     ("context_noise", -1.0, "context_noise=-1"),
     ("dropout", 1.5, "at most 1"),
     ("device", "abacus", "abacus"),
-    ("device", "meta", "'meta' cannot be used"),
     ("dataset", "video", "digits"),
     ("dataset", "vidoe", "vidoe"),
 ])
