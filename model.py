@@ -201,7 +201,7 @@ class Sequence:
         return x[:, int(self.cache is None or self.commit):]
 
     def to_noised(self, x):
-        """b t .., the same for every copy -> b 1 t .., of the frames that `noised` returns."""
+        """b t .., the same for every copy -> b 1 t .., of the frames that `noised` returns (tests have others)."""
         return x[:, None]
 
     def noised_only(self, x):
@@ -237,7 +237,8 @@ class CausalConv(MPWeight):
         if self.kernel > 1:
             past = self.past(seq.unfold(x), weight[1:], seq)
             past = seq.to_noised(past) if seq.last else past[:, None]                    # the same for every copy
-            y = fold(y.movedim(1, -1).unflatten(0, (len(past), -1, past.shape[2])) + past)
+            y = y.movedim(1, -1).unflatten(0, (len(past), -1, past.shape[2]))            # b s t h w c
+            y = fold(y + past)
             scale = (scale.unflatten(0, (-1, seq.frames)) * self.table(x, seq)).flatten(0, 1)
         return y * seq.passed_on(scale)[..., None, None]
 
@@ -253,9 +254,9 @@ class CausalConv(MPWeight):
         if seq.cache is None:
             parts = self.contributions(x.flatten(1, 2)[:, :seq.frames - 1], weight)      # of clean frames, but the last
             parts = zip(range(1, seq.frames + 1), parts)    # taps that reach beyond the clip are left out
-            return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, 1 - j)) for j, part in parts)   # each moved j frames later
+            return sum(F.pad(part, (0, 0, 0, 0, 0, 0, j, 1 - j)) for j, part in parts)   # moved j frames later, cut
         carry = seq.cache.buffer(self, (len(x), len(weight), *x.shape[3:5], weight.shape[1]), x)
-        present = carry[:, :1]                              # sums for the present frame and the next ones
+        present = carry[:, :1]                              # b j h w c: sums for the present frame and the next ones
         if seq.commit:
             present, later = present.clone(), F.pad(carry[:, 1:], (0, 0, 0, 0, 0, 0, 0, 1))
             carry.copy_(later + self.contributions(x[:, 0], weight)[:, :, 0].transpose(0, 1))
@@ -482,7 +483,7 @@ class Block(nn.Module):
         scale = (1 + self.emb(emb) * self.emb_gain).to(x.dtype)
         y = F.dropout(F.silu(self.conv0(F.silu(x), scale, seq, SILU_GAIN)), self.dropout, self.training)
         y = self.conv1(y, SILU_GAIN * BRANCH)
-        x = torch.add(y, seq.passed_on(trunk), alpha=TRUNK)
+        x = torch.add(y, seq.passed_on(trunk), alpha=TRUNK)             # an mp_sum, BRANCH being in conv1's weights
         return self.attention(x, seq) if self.attention else x
 
 

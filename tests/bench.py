@@ -371,12 +371,12 @@ def sample_rows(cfg, device, model, picture):
              "cache MB": sum(t.nbytes for t in caches[n].tensors.values()) / 1e6} for n in positions]
     print_table(f"One cached evaluation of one frame (the same network on one image: {ms['image']:.3g} ms)", rows)
     fps = []
-    for steps in (1, 2, 4, 8, 18):
-        rollout = Rollout(model, x[:, :0], noise_levels(steps, 0.1, 10.0, 7), solver="euler")
+    for solver, steps in (("euler", 1), ("euler", 2), ("euler", 4), ("euler", 6), ("euler", 18), ("heun", 4)):
+        rollout = Rollout(model, x[:, :0], noise_levels(steps, 0.1, 10.0, 7), solver=solver)
         for _ in range(window):
             next(rollout)
         ms = best_times({"frame": lambda r=rollout: next(r)}, device, cfg.repeat_times)["frame"]
-        fps.append({"Euler steps": steps, "ms per frame": ms, "frames/s": 1e3 / ms})
+        fps.append({"solver": solver, "steps": steps, "ms per frame": ms, "frames/s": 1e3 / ms})
     print_table("Rollout of one clip", fps)
     return rows + fps
 
