@@ -727,8 +727,10 @@ def check_settings(cfg):
     require(not cfg.prompt or cfg.context, f"--prompt={cfg.prompt} --context=0: how many of its frames are given?")
     require(cfg.play or cfg.context <= cfg.frames,
             f"--context={cfg.context} is more than --frames={cfg.frames}, which counts given frames too")
-    idle = not_default(cfg, globals()) & {"out", "frames", "samples", "truth", "actions"}
-    require(not (cfg.play and idle), f"--{', --'.join(sorted(idle))} does nothing with --play: leave it out")
+    what, unused = ("play", {"out", "frames", "samples", "truth", "actions"}) if cfg.play else \
+        ("prompt", {"first_clip", "split", "data_dir"} if cfg.prompt else set())
+    idle = not_default(cfg, globals()) & unused
+    require(not idle, f"--{', --'.join(sorted(idle))} does nothing with --{what}: leave it out")
     require(not os.path.isdir(cfg.out), f"--out={cfg.out} is a folder")
     if not cfg.out.endswith(".pt"):
         check_extension(cfg.out)

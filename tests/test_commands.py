@@ -496,6 +496,7 @@ def test_a_users_own_file_is_the_prompt(sampled, tmp_path):
     ({"prompt": "nothing.gif", "truth": True}, ["--truth", "--prompt"]),
     ({"prompt": "nothing.gif"}, ["nothing.gif"]),
     ({"prompt": "nothing.gif", "context": 0}, ["--prompt=nothing.gif --context=0"]),
+    ({"prompt": "nothing.gif", "first_clip": 3, "split": "train"}, ["--first_clip, --split", "nothing with --prompt"]),
     ({"prompt": ROOT / "readme_images/mask.png", "context": 2}, ["mask.png", "1 frame", "--context=1"]),
     ({"split": "test"}, ["split", "test"]),
     ({"device": "abacus"}, ["abacus"]),
