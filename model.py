@@ -196,12 +196,17 @@ class Sequence:
         """(b s t) c .. -> b s t .. c"""
         return x.movedim(1, -1).unflatten(0, (-1, self.copies, self.frames))
 
+    def split(self, x):
+        """b s t .. -> its clean copy b 1 t .. (none when one noised frame is sampled), and b r t .., the frames to be
+        denoised. For both at once: the gradients of two slices would each be of x's whole size."""
+        clean = int(self.cache is None or self.commit)
+        return x.split([clean, x.shape[1] - clean], dim=1)
+
     def noised(self, x):
-        """Without the clean copy: b s t .. -> b r t .., the frames to be denoised."""
-        return x[:, int(self.cache is None or self.commit):]
+        return self.split(x)[1]
 
     def to_noised(self, x):
-        """b t .., the same for every copy -> b 1 t .., of the frames that `noised` returns (tests have others)."""
+        """b t .., the same for every copy -> b 1 t .., of the frames that `noised` returns (those of tests, fewer)."""
         return x[:, None]
 
     def noised_only(self, x):
@@ -288,8 +293,9 @@ class PastSkip(CausalConv):
     def forward(self, x, seq):
         """x: (b s t) c h w -> (b r t) c h w of the frames to be denoised."""
         x, gain = seq.unfold(x), seq.position_table(past_skip_gain, x.device, self.kernel, x.dtype)
-        past = self.past(x, self.scaled(x.dtype, 0.5 ** 0.5), seq)
-        return fold(torch.addcmul(seq.to_noised(past), seq.noised(x), seq.to_noised(gain[None])))
+        clean, noised = seq.split(x)
+        past = self.past(clean, self.scaled(x.dtype, 0.5 ** 0.5), seq)
+        return fold(torch.addcmul(seq.to_noised(past), noised, seq.to_noised(gain[None])))
 
 
 # ---------------------------------------------------------------------------------------------------

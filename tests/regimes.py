@@ -24,15 +24,15 @@ TOLD = (0.0, 0.05, 0.1, 0.2)
 class OneCopy(Sequence):
     """One copy of every clip, noised or not, all of it wanted back."""
 
-    def noised(self, x):
-        return x
+    def split(self, x):
+        return x, x
 
 
 class OneCopyOfLast(OneCopy):
     """... of which only the last frame is wanted back."""
 
-    def noised(self, x):
-        return x[:, :, -1:]
+    def split(self, x):
+        return x, x[:, :, -1:]
 
     def to_noised(self, x):
         return x[:, None, -1:]
