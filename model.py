@@ -407,7 +407,7 @@ class Attention(nn.Module):
         gains = F.pad(self.sharpness[None], (0, 0, 0, 2), value=1).view(3, 1, -1, 1, 1, 1, 1)    # of q; of k and v 1
         y = self.attend(unit_rms(qkv, -1, gains), seq)
         y = rearrange(y, "b m s t (h w) d -> (b s t) h w (m d)", h=x.shape[2]).movedim(-1, 1)
-        return torch.add(self.out(y, BRANCH), x, alpha=TRUNK)
+        return self.out(y, BRANCH).add_(x, alpha=TRUNK)
 
     def table(self, x, seq):
         return seq.position_table(rotation, x.device, self.head_dim // 2, x.dtype)
@@ -489,7 +489,7 @@ class Block(nn.Module):
         scale = (1 + self.emb(emb) * self.emb_gain).to(x.dtype)
         y = F.dropout(F.silu(self.conv0(F.silu(x), scale, seq, SILU_GAIN)), self.dropout, self.training)
         y = self.conv1(y, SILU_GAIN * BRANCH)
-        x = torch.add(y, seq.passed_on(trunk), alpha=TRUNK)             # an mp_sum, BRANCH being in conv1's weights
+        x = y.add_(seq.passed_on(trunk), alpha=TRUNK)       # an mp_sum, BRANCH being in conv1's weights
         return self.attention(x, seq) if self.attention else x
 
 
