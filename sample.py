@@ -499,14 +499,15 @@ class Refused(Exception):
 
 
 class Game:
-    """A rollout that one page steers. Its methods run in one thread, the `worker`'s: torch keeps what it has found out
-    about convolutions, and CUDA graphs, for each thread. Only `encoded` may run in others."""
+    """A rollout that one page steers. Its methods run in one thread, the `worker`'s, which `threads` of a CPU work for:
+    torch keeps these, what it has found out about convolutions, and CUDA graphs, for each thread. Only `encoded` may
+    run in others."""
 
-    def __init__(self, model, source, stats, cfg, settings, device):
+    def __init__(self, model, source, stats, cfg, settings, device, threads=1):
         self.model, self.source, self.stats, self.cfg, self.settings = model, source, stats, cfg, settings
         require(not stats.get("latent"), "--play shows pictures, and this model makes latents")
         self.continuous = not stats.get("discrete")         # or there are none
-        self.device, self.worker = device, ThreadPoolExecutor(1)
+        self.device, self.worker = device, ThreadPoolExecutor(1, "play", torch.set_num_threads, [threads])
         self.player, self.seen, self.number = None, -math.inf, cfg.first_clip
         self.worker.submit(self.restart).result()
 
@@ -782,6 +783,9 @@ def main(cfg):
     check_settings(cfg)
     path = find_checkpoint(cfg.checkpoint)
     device = pick_device(cfg.device)
+    threads = torch.get_num_threads()
+    if cfg.play:                                            # a CPU's threads are the game's: where two threads have
+        torch.set_num_threads(1)                            # others work for them, all work at a third of the speed
     model, state = load_model(path, cfg.ema, device)
     model.dtype = compute_dtype(device)
     width = state.get("ema_width", cfg.ema)
@@ -799,7 +803,7 @@ def main(cfg):
         print(f"the past is read with noise of level {cfg.context_noise:g}, half of the largest in training")
     if cfg.play:
         source = open_data(cfg, state, cfg.context) if cfg.context else None
-        return serve(Game(model, source, state["stats"], cfg, rollout_settings(cfg), device), cfg.port)
+        return serve(Game(model, source, state["stats"], cfg, rollout_settings(cfg), device, threads), cfg.port)
     if cfg.context > model.cfg.window:
         print(f"--context={cfg.context}: more than the {model.cfg.window} frames that the model sees at once")
     clips, actions = (None if part is None else part.to(device) for part in given_clips(cfg, model, state))

@@ -453,6 +453,21 @@ def playing(tmp_path_factory):
     process.kill()
 
 
+def test_a_cpus_threads_work_for_the_thread_that_plays_alone(tmp_path, monkeypatch):
+    """OpenMP's threads that work for one thread and those that work for another would wait for each other's cores."""
+    digits, seen = write_digits(tmp_path / "mnist"), []
+    changes = WORLD | {"max_steps": 1, "data_dir": digits, "out_dir": tmp_path / "out"}
+    train.main(read_settings(vars(train), [f"--{key}={value}" for key, value in changes.items()]))
+    monkeypatch.setattr(sample, "serve", lambda game, port: seen.append(
+        [torch.get_num_threads(), game.worker.submit(torch.get_num_threads).result()]))
+    torch.set_num_threads(3)
+    try:
+        sample.main(read_settings(vars(sample), ["--play", f"--checkpoint={tmp_path}/out", "--device=cpu"]))
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [[1, 3]]
+
+
 @pytest.fixture
 def browser(tmp_path, monkeypatch):
     """Chromium without a window; downloads go to tmp_path."""
