@@ -578,6 +578,12 @@ def test_font_digits_are_plausible_and_disjoint():
     assert (border > 0).mean() < 0.01  # nothing is cut off
     soft = ((train > 20) & (train < 235)).mean() / (train > 20).mean()
     assert 0.15 < soft < 0.7  # smooth edges, white inside
+    ones, (y, x) = train[1::10] / 255, np.mgrid[:28, :28]
+    ink = ones.sum((1, 2))
+    (up, right) = (at - ((ones * at).sum((1, 2)) / ink)[:, None, None] for at in (y, x))            # of the centre
+    slant = (ones * up * right).sum((1, 2)) / (ones * up ** 2).sum((1, 2))
+    height = (ones.max(2) > 0.5).sum(1)
+    assert ink.max() > 2.5 * ink.min() and slant.std() > 0.22 and np.ptp(height) > 4    # each of four variations
     shapes = np.stack([train[i::10].mean(0).ravel() for i in range(10)])
     assert np.corrcoef(shapes)[~np.eye(10, dtype=bool)].max() < 0.97
     nearest = ((val.reshape(500, 1, -1) - shapes) ** 2).sum(-1).argmin(1)
