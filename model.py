@@ -206,7 +206,7 @@ class Sequence:
         return self.split(x)[1]
 
     def to_noised(self, x):
-        """b t .., the same for every copy -> b 1 t .., of the frames that `noised` returns (those of tests, fewer)."""
+        """b t .., the same for every copy -> b 1 t .., of the frames that `noised` returns (in regimes.py fewer)."""
         return x[:, None]
 
     def noised_only(self, x):

@@ -18,6 +18,7 @@ import os
 import secrets
 import shutil
 import signal
+import stat
 import threading
 import time
 import weakref
@@ -288,7 +289,9 @@ def pick_device(name):
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with reraise(lambda error: f"device {name!r} cannot be used: {error}", RuntimeError, AssertionError):
-        return torch.zeros(1, device=name).device
+        probe = torch.zeros(1, device=name)
+        probe.item()                                        # the device "meta" holds no numbers
+        return probe.device
 
 
 def compute_dtype(device):
@@ -374,22 +377,26 @@ def check_extension(path):
     require(kind in WRITERS, f"--out={path}: the extension must be one of {', '.join(WRITERS)}, or .pt")
     require(kind not in (".mp4", ".webm") or importlib.util.find_spec("av"),
             f"--out={path}: films are written by PyAV, which is not installed: pip install av")
+    if kind in (".mp4", ".webm"):
+        import av
+        with reraise(lambda error: f"--out={path}: this PyAV cannot encode it: choose .gif ({error})", Exception):
+            av.Codec(WRITERS[kind].keywords["codec"], "w")
 
 
 def write(path, frames, given=0, scale=4, fps=10):
-    """One or more frames to `path`, as its extension says. A GIF or film that grows there ends well whatever ends the
-    making of frames: an error, which is raised then, or a second Ctrl-C."""
+    """Frames to `path`, as its extension says. A GIF or film grows there once a frame is made that is not given. After
+    that it ends well whatever ends the making of frames: an error, which is raised then, or a second Ctrl-C."""
     check_extension(path)
     kind, frames, errors = Path(path).suffix.lower(), iter(frames), []
     if kind in (".npy", ".png"):
         with replacing(path) as temporary, open(temporary, "wb") as file:
             return WRITERS[kind](file, frames, given, scale, fps)
-    first = next(frames)
-    next(tiled([first], given, scale))                      # what cannot be shown leaves the file as it was
+    first = [*itertools.islice(frames, given + 1)]
+    next(tiled(first, given, scale))                        # what cannot be shown leaves the file as it was
 
     def until_an_error():
         try:
-            yield first
+            yield from first
             yield from frames
         except BaseException as error:
             errors.append(error)
@@ -398,7 +405,8 @@ def write(path, frames, given=0, scale=4, fps=10):
         with open(path, "wb") as file:
             WRITERS[kind](file, until_an_error(), given, scale, fps)
     for error in errors:
-        print(f"{path} keeps the frames made before:", flush=True)
+        with contextlib.suppress(OSError):
+            print(f"{path} keeps the frames made until then", flush=True)
         raise error
 
 
@@ -602,6 +610,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def read_request(self):
         """What a page has posted, a dict; of GET None."""
         hosts = [f"{name}:{self.server.server_port}" for name in ("127.0.0.1", "localhost")]
+        hosts += ["127.0.0.1", "localhost"] * (self.server.server_port == 80)            # where browsers leave it out
         host, origin = self.headers.get("Host"), self.headers.get("Origin")
         own = host in hosts and origin in (None, f"http://{host}")
         require(own, (403, f"only pages of http://{hosts[0]} are answered"), Refused)
@@ -680,20 +689,22 @@ def read_actions(text, frames, samples, action_dim, discrete=None):
 
 
 def stop_on_signals(stop, finishing):
-    """Ctrl-C, SIGTERM and the end of the terminal append (number, time) to `stop`: the program is to end soon, and says
-    that it is `finishing` something. A second signal ends it at once, but for a SIGTERM within a second: torchrun,
-    which got the first one as well, passes it on."""
-    terminals, hangup = [stream for stream in (1, 2) if os.isatty(stream)], getattr(signal, "SIGHUP", None)
+    """Ctrl-C, SIGTERM and SIGHUP, the end of the terminal, append (number, time) to `stop`: the program is to end soon,
+    and says that it is `finishing` something. A second Ctrl-C or SIGTERM ends it at once, but for a SIGTERM within a
+    second: torchrun, which got the first one as well, passes it on. A second SIGHUP does not: shells send two."""
+    hangup = getattr(signal, "SIGHUP", None)
 
     def handler(number, frame):
-        if number == hangup:                                # then a terminal is gone, and refuses to be written to
-            for stream in terminals:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        if number == hangup:                                # what is said then fails, unless it goes to a file
+            for stream in (1, 2):
+                if not stat.S_ISREG(os.fstat(stream).st_mode):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         elif stop and (number == signal.SIGINT or time.monotonic() - stop[0][1] > 1):
             raise SystemExit(128 + number)
         if not stop:
             stop.append((number, time.monotonic()))
-            print(f"\nfinishing {finishing}; once more to quit at once", flush=True)
+            with contextlib.suppress(OSError):              # Ctrl-C has ended a `tee` as well
+                print(f"\nfinishing {finishing}; once more to quit at once", flush=True)
     numbers = [signal.SIGINT, signal.SIGTERM]
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:           # as nohup has it
         numbers.append(hangup)
@@ -804,8 +815,9 @@ def main(cfg):
     if cfg.play:
         source = open_data(cfg, state, cfg.context) if cfg.context else None
         return serve(Game(model, source, state["stats"], cfg, rollout_settings(cfg), device, threads), cfg.port)
-    if cfg.context > model.cfg.window:
-        print(f"--context={cfg.context}: more than the {model.cfg.window} frames that the model sees at once")
+    if model.cfg.video_attn_resolutions and cfg.context >= model.cfg.window:
+        print(f"--context={cfg.context}: the model sees the {model.cfg.window - 1} frames before one; older ones count "
+              "for little")
     clips, actions = (None if part is None else part.to(device) for part in given_clips(cfg, model, state))
     frames = roll_out(model, clips, cfg.context, cfg.frames, state["stats"], rollout_settings(cfg), actions,
                       progress=True, stop=(stop := []))

@@ -430,7 +430,8 @@ def check_settings(cfg):
                 f"{name}={getattr(cfg, name)}: must be more than eval_context={cfg.eval_context}")
     for name in ("grad_clip", "sigma_data", "lr", "eval_sigmas", "ema_widths", "channel_mults"):
         value = getattr(cfg, name)
-        require(value and min(value if isinstance(value, tuple) else [value]) > 0, f"{name}={value}: must be above 0")
+        least = min(value, default=0) if isinstance(value, tuple) else value
+        require(least > 0, f"{name}={value}: give numbers above 0")
     require(max(cfg.ema_widths) <= 0.25, f"ema_widths={cfg.ema_widths}: shares of the run, at most 0.25")
     require(max(cfg.dropout, cfg.action_dropout) <= 1, "dropout and action_dropout are shares, at most 1")
     one_of(cfg, init_from=("auto", "changed", "scratch"), decay=("linear", "sqrt"), optimizer=("muon", "adam"))

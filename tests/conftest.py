@@ -15,6 +15,8 @@ torch.set_num_threads(1)
 
 # What a shell starts in the background ignores Ctrl-C, and so would the programs that these tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)                            # and what nohup starts, hangups
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
 
 def pytest_collection_modifyitems(items):
@@ -27,10 +29,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def signals_as_they_were():
     """Scripts set signal handlers for the whole process."""
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-    handlers = [signal.getsignal(number) for number in numbers]
     yield
-    for number, handler in zip(numbers, handlers, strict=True):
+    for number, handler in HANDLERS.items():
         signal.signal(number, handler)
 
 

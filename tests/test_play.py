@@ -387,6 +387,14 @@ def test_a_browser_in_the_terminal_finds_the_page_served(game, monkeypatch):
     assert len(answers) == 1 and answers[0].code == 200
 
 
+def test_at_a_browsers_own_port_no_host_names_it(game, monkeypatch):
+    """Port 80 may not be ours to open: the handler is asked alone."""
+    handler = sample.Handler.__new__(sample.Handler)
+    handler.server, handler.path, handler.command = SimpleNamespace(server_port=80, game=game), "/", "GET"
+    for handler.headers in ({"Host": "127.0.0.1"}, {"Host": "localhost:80"}):
+        assert handler.read_request() is None
+
+
 def test_sliders_reach_as_far_as_the_actions_of_training(game, server):
     def told():
         game.seen = -math.inf                               # as if the page before were closed

@@ -806,6 +806,23 @@ def test_frames_are_written_as_they_are_made_and_kept_if_one_fails(tmp_path, nam
             assert sum(1 for _ in film.decode(video=0)) == 100
 
 
+@pytest.mark.parametrize("name", ["a.gif", "a.mp4"])
+def test_what_fails_before_a_frame_is_made_leaves_the_old_file(tmp_path, name, monkeypatch):
+    pytest.importorskip("av")
+    (tmp_path / name).write_bytes(b"made before")
+
+    def given_alone():
+        yield from np.zeros((3, 1, 1, 8, 8), np.uint8)
+        raise UserError("the first that is made")
+    with pytest.raises(UserError, match="the first that is made"):
+        sampling.write(tmp_path / name, given_alone(), given=3)
+    if name == "a.mp4":
+        monkeypatch.setitem(sampling.WRITERS, ".mp4", partial(sampling.write_film, kind="mp4", codec="libnothing"))
+        with pytest.raises(UserError, match="a.mp4: this PyAV cannot encode it"):
+            sampling.write(tmp_path / name, given_alone())
+    assert (tmp_path / name).read_bytes() == b"made before"
+
+
 def test_a_film_made_twice_is_the_same_file(tmp_path, videos):
     pytest.importorskip("av")
     for name in ("a.webm", "b.webm"):

@@ -1540,6 +1540,7 @@ def test_the_log_is_json_with_a_setting_that_is_not_finite(tiny, tmp_path):
     ("context_noise", -1.0, "context_noise=-1"),
     ("dropout", 1.5, "at most 1"),
     ("device", "abacus", "abacus"),
+    ("device", "meta", "'meta' cannot be used"),
     ("dataset", "video", "digits"),
     ("dataset", "vidoe", "vidoe"),
 ])
