@@ -234,8 +234,10 @@ def draw_velocity(rng, low, high, whole_pixels, across=()):
     return length * np.array([np.sin(angle), np.cos(angle)])
 
 
-def check_digits(cfg):
+def check_digits(cfg, split):
     """UserError for settings that digits cannot be drawn with."""
+    require(split in FILES, f"split={split!r}: choose 'train' or 'val'")
+    at_least(cfg, 0, "seed")
     at_least(cfg, 1, "frames", "digits", "digit_size")
     require(cfg.digit_size <= cfg.frame_size, f"digit_size={cfg.digit_size}: at most frame_size={cfg.frame_size}")
     is_range = len(cfg.speed) == 2 and 0 <= cfg.speed[0] <= cfg.speed[1] < np.inf
@@ -260,7 +262,7 @@ class MovingDigits:
     whole pixels also a new speed, as too few such velocities have the same."""
 
     def __init__(self, cfg, split):
-        check_digits(cfg)
+        check_digits(cfg, split)
         one_of(cfg, bounce=("reflect", "random"))
         require(not cfg.whole_pixels or len(whole_velocities(*cfg.speed)),
                 f"speed={cfg.speed!r} holds no whole-pixel velocity; widen it, or set whole_pixels=False")
@@ -311,7 +313,7 @@ class CanvasWorld:
     canvas's edge. Action t led to frame t; the first is to stay. Walks often turn back."""
 
     def __init__(self, cfg, split):
-        check_digits(cfg)
+        check_digits(cfg, split)
         self.move, self.free = int(cfg.speed[0]), cfg.canvas_size - cfg.frame_size
         require(1 <= self.move == cfg.speed[0], f"speed={cfg.speed!r}: the first, of moves, is a whole number from 1")
         least = cfg.frame_size + self.move
@@ -388,7 +390,8 @@ def read_pictures(path):
 
 
 def read_film(path):
-    require(importlib.util.find_spec("av"), f"{path}: films are read by PyAV: pip install av", Unusable)
+    require(importlib.util.find_spec("av"), f"{path}: films are read by PyAV, which is not installed: pip install av "
+                                            "(or give .gif, .png or .npy)", Unusable)
     import av
     too_old = f"{path}: films are read by PyAV 14.1 or newer, not {av.__version__}: pip install -U av"
     require(hasattr(av.VideoFrame, "rotation"), too_old, Unusable)
@@ -472,14 +475,15 @@ def with_actions(timed, path):
         return
     with reading(beside):
         actions = np.load(beside, allow_pickle=False)
-        kind = actions.dtype.kind, actions.ndim
+        given, count, kind = f"{beside} has {len(actions)} actions", 0, (actions.dtype.kind, actions.ndim)
     least, most = (-1e6, 1e6) if kind == ("f", 2) else (0, 65535)
     fits = kind in (("f", 2), ("i", 1), ("u", 1)) and not ((actions < least) | (actions > most)).any()   # NaN: unknown
     require(fits, f"{beside} holds {actions.dtype} {actions.shape}: expected a whole number from 0 to 65535, or floats "
                   "from -1e6 to 1e6, for each frame", Unusable)
-    with reraise(lambda _: f"{beside} has {len(actions)} actions, not one for each frame", ValueError, become=Unusable):
-        for (seconds, frame), action in zip(timed, actions, strict=True):
-            yield seconds, (frame, action)
+    for count, (seconds, frame) in enumerate(timed, start=1):
+        require(count <= len(actions), f"{given}, and {path.name} has more frames", Unusable)
+        yield seconds, (frame, actions[count - 1])
+    require(count == len(actions), f"{given} for {count} frames", Unusable)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -652,7 +656,8 @@ def combine(records, share, left_out, before):
     acted = [record for record in records if record["action_dim"]]
     actions = {"discrete actions" if record["discrete"] else f"vectors of {record['action_dim']}": record["name"]
                for record in acted}
-    require(len(actions) < 2, f"actions are of different kinds: take out clips like one of {actions}")
+    require(len(actions) < 2, "actions are of different kinds: "
+                              f"{', '.join(f'{name} has {some}' for some, name in actions.items())}: take some out")
     frames = np.array([record["frames"] for record in records])
     mean, square = (frames @ np.array([record[key] for record in records]) / frames.sum() for key in ("mean", "square"))
     val = set(held_out([record["name"] for record in records], share, before))
@@ -709,7 +714,8 @@ def in_processes(cfg, names):
                 left_out[jobs[job]] = reason
                 tqdm.write(f"left out: {reason}")
     except BrokenProcessPool as error:
-        raise UserError("a worker was killed, for want of memory? Run the same again, with fewer --workers") from error
+        raise UserError("a process that prepared clips was killed, perhaps for want of memory; what is finished is "
+                        "kept: run the same again, with fewer --workers") from error
     except KeyboardInterrupt:
         print("\nfinishing the clips that have begun, and keeping them; once more to quit at once", flush=True)
         raise

@@ -697,8 +697,9 @@ def stop_on_signals(stop, finishing):
     def handler(number, frame):
         if number == hangup:                                # what is said then fails, unless it goes to a file
             for stream in (1, 2):
-                if not stat.S_ISREG(os.fstat(stream).st_mode):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+                with contextlib.suppress(OSError):          # it is closed already
+                    if not stat.S_ISREG(os.fstat(stream).st_mode):
+                        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         elif stop and (number == signal.SIGINT or time.monotonic() - stop[0][1] > 1):
             raise SystemExit(128 + number)
         if not stop:

@@ -437,7 +437,8 @@ def check_settings(cfg):
     one_of(cfg, init_from=("auto", "changed", "scratch"), decay=("linear", "sqrt"), optimizer=("muon", "adam"))
     require(not (cfg.shard and cfg.compile), "shard=True and compile=True have not been made to work together: set one")
     require(not cfg.shard or "LOCAL_RANK" in os.environ, "shard=True is for several processes: start with torchrun")
-    require(not cfg.tensorboard or importlib.util.find_spec("tensorboard"), "tensorboard=True: pip install tensorboard")
+    require(not cfg.tensorboard or importlib.util.find_spec("tensorboard"),
+            "tensorboard=True: TensorBoard is not installed: pip install tensorboard")
 
 
 def build_model(cfg, source, device):
@@ -669,8 +670,8 @@ def train(run, batches, bar, stop):
         loss = gradients(run.network, batches, cfg, run.stats, run.device)
         norm = optimizer_step(run.model, run.optimizer, run.step, cfg)
         skipped = 0 if math.isfinite(norm) else skipped + 1
-        require(skipped != cfg.max_skipped, f"step {run.step}: {skipped} gradients in a row were not finite. Lower lr, "
-                                            "or look at the clips named above")
+        require(skipped != cfg.max_skipped, f"step {run.step}: {skipped} gradients in a row were not finite; what was "
+                                            "saved before is kept. Lower lr, or look at the clips named above")
         run.step, steps = run.step + 1, steps + 1
         run.ema.update(run.step)
         run.recent.append(sum_over_ranks(loss) / run.world_size)

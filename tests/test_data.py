@@ -304,6 +304,7 @@ def test_overlap_shows_the_brighter_pixel(tmp_path):
 
 
 IMPOSSIBLE = [
+    (dict(split="test"), "split", "'val'"),
     (dict(frames=0), "frames", "1"),
     (dict(digits=0), "digits", "1"),
     (dict(digit_size=25), "digit_size", "frame_size=24"),
@@ -314,6 +315,7 @@ IMPOSSIBLE = [
     (dict(speed=(1, 2, 3)), "speed", "(lo, hi)"),
     (dict(speed=(0.2, 0.8)), "speed", "whole_pixels=False"),
     (dict(bounce="wrap"), "bounce", "reflect"),
+    (dict(seed=-1), "seed", "0"),
 ]
 
 

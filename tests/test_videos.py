@@ -517,8 +517,8 @@ BAD = {
     "real.npy": (lambda path: np.save(path, np.zeros((4, 9, 9, 3))), r"real.npy holds float64 \(4, 9, 9, 3\)"),
     "nan.npy": (lambda path: np.save(path, np.full((3, 4, 8, 8), np.nan, np.float32)), "frame 1 .* not finite"),
     "huge.npy": (lambda path: np.save(path, np.full((3, 4, 8, 8), 1e5, np.float32)), "not finite in float16"),
-    "long.npy": (of_actions(np.arange(6)), "long.actions.npy has 6 actions, not one for each"),
-    "short.npy": (of_actions(np.arange(4)), "short.actions.npy has 4 actions, not one for each"),
+    "long.npy": (of_actions(np.arange(6)), "long.actions.npy has 6 actions for 5 frames"),
+    "short.npy": (of_actions(np.arange(4)), "short.actions.npy has 4 actions, and short.npy has more frames"),
     "grid.npy": (of_actions(np.zeros((5, 2, 2))), r"grid.actions.npy holds float64 \(5, 2, 2\)"),
     "picture.npy": (lambda path: np.save(path, numbered(1)[0]), r"picture.npy holds uint8 \(8, 8, 3\): expected"),
     "flat.npy": (lambda path: np.save(path, np.zeros((3, 0, 8, 3), np.uint8)), r"flat.npy holds uint8 \(3, 0, 8, 3\)"),
@@ -617,7 +617,7 @@ def test_discrete_and_continuous_actions_do_not_mix(here, length):
     np.save(here / "src" / "a.actions.npy", np.arange(3))
     np.save(here / "src" / "b.npy", numbered(3))
     np.save(here / "src" / "b.actions.npy", np.zeros((3, length)))
-    with pytest.raises(UserError, match="'discrete actions': 'a.npy', 'vectors of .': 'b.npy'"):
+    with pytest.raises(UserError, match="a.npy has discrete actions, b.npy has vectors of"):
         prepare(here)
 
 
@@ -625,7 +625,7 @@ def test_clips_whose_actions_are_of_different_kinds_are_named(here):
     for name, length in (("a", 2), ("b", 2), ("c", 3)):
         np.save(here / "src" / f"{name}.npy", numbered(3))
         np.save(here / "src" / f"{name}.actions.npy", np.zeros((3, length)))
-    with pytest.raises(UserError, match=r"'vectors of 2': 'b\.npy', 'vectors of 3': 'c\.npy'"):
+    with pytest.raises(UserError, match=r"b\.npy has vectors of 2, c\.npy has vectors of 3"):
         prepare(here)
 
 
